@@ -1,0 +1,277 @@
+"""Section 5: the conditional VAE: ask for a class, and z is left with the style.
+
+Encoder and decoder are both told the label y (Kingma et al. 2014, arXiv:1406.5298, model M2; Sohn
+et al. 2015, NeurIPS, eq. 4). Everything is a VAE as before, given y:
+
+    loss  =  E_q(z | x, y) [ -log p(x | z, y) ]  +  KL( q(z | x, y) || N(0, I) )
+
+The encoder sees y as ten constant planes beside the image; the decoder gets the one-hot y beside z,
+and again as a scale and a shift of every channel at 7 x 7 and at 14 x 14 (FiLM: Perez et al. 2018,
+arXiv:1709.07871). As y is known, z need not spell it out: same z, other y: same style, other class.
+The total bounds -log p(x | y), not -log p(x): beside a VAE, add log 10 = 2.30 nats for the label.
+
+    python cvae.py
+
+@RESULT@
+Try: leave y out of the decoder (z must carry the class again), or out of the encoder.
+Left out on purpose: a learned prior p(z | y), a classifier term in the loss, guidance.
+"""
+import math
+import time
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+
+from data import (CLASSES, Parser, UserError, announce, command, fast_bfloat16, image_grid, load,
+                  load_weights, number, pick_device, read_checkpoint, run_path, save_checkpoint,
+                  save_figure)
+
+# ---------------------------------------------------------------- the model
+
+
+class Residual(torch.nn.Module):
+    """x + F(x): a 3 x 3 convolution looks around, a 1 x 1 convolution mixes the channels."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.around = torch.nn.Conv2d(channels, channels, 3, padding=1)
+        self.mix = torch.nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x):
+        h = self.around(torch.nn.functional.gelu(x))
+        return x + self.mix(torch.nn.functional.gelu(h))
+
+
+class Modulate(torch.nn.Module):
+    """Scale and shift every channel of h (B, C, H, W) by two numbers that depend on the label."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.table = torch.nn.Linear(10, 2 * channels)
+
+    def forward(self, h, label):
+        scale, shift = self.table(label)[:, :, None, None].chunk(2, dim=1)  # (B, C, 1, 1) each
+        return h * (1 + scale) + shift
+
+
+class CVAE(torch.nn.Module):
+    """The network of conv_vae.py, told the label: images, labels -> logits (B, 1, 28, 28)."""
+
+    def __init__(self, latent_dim=32, channels=32):
+        super().__init__()
+        self.latent_dim = latent_dim
+        self.encoder = torch.nn.Sequential(
+            torch.nn.Conv2d(1 + 10, channels, 4, stride=2, padding=1),
+            torch.nn.GELU(),                                                # (B, 32, 14, 14)
+            torch.nn.Conv2d(channels, 2 * channels, 4, stride=2, padding=1),
+            Residual(2 * channels), torch.nn.GELU(),                        # (B, 64, 7, 7)
+            torch.nn.Flatten(),
+            torch.nn.Linear(98 * channels, 256), torch.nn.GELU(),
+            torch.nn.Linear(256, 2 * latent_dim),       # mu and log sigma^2
+        )
+        self.spread = torch.nn.Sequential(
+            torch.nn.Linear(latent_dim + 10, 256), torch.nn.GELU(),
+            torch.nn.Linear(256, 98 * channels),
+            torch.nn.Unflatten(1, (2 * channels, 7, 7)),
+        )
+        self.label7 = Modulate(2 * channels)
+        self.residual = Residual(2 * channels)
+        self.up = torch.nn.ConvTranspose2d(2 * channels, channels, 4, stride=2, padding=1)
+        self.label14 = Modulate(channels)
+        self.paint = torch.nn.ConvTranspose2d(channels, 1, 4, stride=2, padding=1)
+
+    def encode(self, x, y):
+        """q(z | x, y): x (B, 1, 28, 28), y (B,) -> mu, logvar, each (B, latent_dim)."""
+        planes = torch.nn.functional.one_hot(y, 10).to(x.dtype)             # (B, 10)
+        planes = planes[:, :, None, None].expand(-1, -1, 28, 28)            # (B, 10, 28, 28)
+        mu, logvar = self.encoder(torch.cat([x, planes], dim=1)).chunk(2, dim=1)
+        return mu, logvar
+
+    def reparameterize(self, mu, logvar):
+        """z = mu + sigma * eps with eps ~ N(0, I): random, yet differentiable in mu and sigma."""
+        eps = torch.randn_like(mu)                      # (B, latent_dim)
+        return mu + torch.exp(0.5 * logvar) * eps       # sigma = exp(log sigma^2 / 2)
+
+    def decode(self, z, y):
+        """p(x | z, y): z (B, latent_dim), y (B,) -> logits (B, 1, 28, 28)."""
+        label = torch.nn.functional.one_hot(y, 10).to(z.dtype)              # (B, 10)
+        h = self.spread(torch.cat([z, label], dim=1))                       # (B, 64, 7, 7)
+        h = torch.nn.functional.gelu(self.residual(self.label7(h, label)))
+        h = self.up(h)                                                      # (B, 32, 14, 14)
+        h = torch.nn.functional.gelu(self.label14(h, label))
+        return self.paint(h)                                                # one logit a pixel
+
+    def forward(self, x, y):
+        mu, logvar = self.encode(x, y)
+        z = self.reparameterize(mu, logvar)
+        return self.decode(z, y), mu, logvar
+
+
+# ---------------------------------------------------------------- the loss
+
+
+def elbo_terms(logits, x, mu, logvar):
+    """The two parts of the negative ELBO, each (B,), in nats per image (Kingma & Welling, eq. 10).
+
+    Sums, never means, over pixels and latents: only so do the two terms have the same unit.
+    """
+    # recon = -log p(x | z) = -sum_i [ x_i log p_i + (1 - x_i) log(1 - p_i) ],  p = sigmoid(logits)
+    recon = torch.nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="none")
+    recon = recon.flatten(1).sum(1)                                         # (B,)
+    # kl = 1/2 sum_d [ mu_d^2 + sigma_d^2 - log sigma_d^2 - 1 ]
+    kl = 0.5 * (mu.pow(2) + logvar.exp() - logvar - 1).sum(1)               # (B,)
+    return recon, kl
+
+
+# ---------------------------------------------------------------- training and testing
+
+
+def train(model, data, epochs, batch_size, lr, device):
+    """Adam with a OneCycle learning rate (up to `lr`, then to zero); returns one dict an epoch."""
+    x_train, y_train = data.train_images.to(device), data.train_labels.to(device)
+    x_val, y_val = data.val_images.to(device), data.val_labels.to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr)
+    steps = -(-len(x_train) // batch_size)              # rounded up: the last batch is smaller
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * steps)
+    history, start = [], time.time()
+    for epoch in range(1, epochs + 1):
+        model.train()
+        sums = torch.zeros(2)                           # recon and KL of the whole epoch
+        for step, batch in enumerate(torch.randperm(len(x_train)).split(batch_size), 1):
+            x, y = x_train[batch.to(device)], y_train[batch.to(device)]     # (B, 1, 28, 28), (B,)
+            with torch.autocast(device.type, torch.bfloat16, enabled=fast_bfloat16(device)):
+                logits, mu, logvar = model(x, y)
+            recon, kl = elbo_terms(logits.float(), x, mu.float(), logvar.float())
+            loss = (recon + kl).mean()
+            if not torch.isfinite(loss):
+                raise UserError(f"loss is {loss.item()} in epoch {epoch}, step {step}: lower --lr")
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            sums += torch.stack([recon.sum(), kl.sum()]).detach().cpu()
+        recon, kl = (sums / len(x_train)).tolist()
+        val = test(model, x_val, y_val)
+        seconds = time.time() - start
+        history.append({"recon": recon, "kl": kl, "val_recon": val["recon"], "val_kl": val["kl"]})
+        print(f"epoch {epoch:3}/{epochs}  "
+              f"train: recon {recon:.2f} (+{recon - data.floor['train']:.2f}) KL {kl:.2f} "
+              f"total {recon + kl:.2f}  "
+              f"val: recon {val['recon']:.2f} (+{val['recon'] - data.floor['val']:.2f}) "
+              f"KL {val['kl']:.2f} total {val['total']:.2f}  "
+              f"{seconds:.0f} s, {seconds / epoch * (epochs - epoch):.0f} s left", flush=True)
+    return history
+
+
+@torch.no_grad()
+def test(model, images, labels, batch_size=1000):
+    """Mean recon, kl and total over the images, one posterior sample each, full KL weight."""
+    model.eval()
+    sums = torch.zeros(2)
+    for x, y in zip(images.split(batch_size), labels.split(batch_size)):
+        logits, mu, logvar = model(x, y)
+        recon, kl = elbo_terms(logits, x, mu, logvar)
+        sums += torch.stack([recon.sum(), kl.sum()]).cpu()
+    recon, kl = (sums / len(images)).tolist()
+    return {"recon": recon, "kl": kl, "total": recon + kl}
+
+
+# ---------------------------------------------------------------- the pictures
+
+
+@torch.no_grad()
+def pictures(model, data, history, path, device):
+    """Reconstructions, samples, style x class, same style in another class, curves; as PNGs."""
+    model.eval()
+    first = [int((data.test_labels == c).nonzero()[0]) for c in range(len(CLASSES))]
+    x = data.test_images[first].to(device)              # one image of each class
+    y = torch.arange(10, device=device)                 # and its label
+    logits, mu, _ = model(x, y)
+    image_grid(torch.stack([x[:, 0], logits[:, 0].sigmoid()]),
+               path.with_name(f"{path.stem}-reconstructions.png"),
+               "Test images and their reconstructions", ("original", "z, decoded"), CLASSES)
+    z = torch.randn(80, model.latent_dim, device=device)
+    image_grid(model.decode(z, y.repeat(8)).sigmoid().view(8, 10, 28, 28),
+               path.with_name(f"{path.stem}-samples.png"),
+               "z ~ N(0, I), and the class that was asked for", columns=CLASSES)
+    z = z[:8].repeat_interleave(10, dim=0)              # one z a row, for all ten classes
+    image_grid(model.decode(z, y.repeat(8)).sigmoid().view(8, 10, 28, 28),
+               path.with_name(f"{path.stem}-styles.png"),
+               "One style z a row, one class a column", columns=CLASSES)
+    swapped = model.decode(mu.repeat_interleave(10, dim=0), y.repeat(10)).sigmoid()
+    image_grid(torch.cat([x, swapped.view(10, 10, 28, 28)], dim=1),
+               path.with_name(f"{path.stem}-swaps.png"),
+               "Left a real image, then its style in every class", CLASSES, ("real", *CLASSES))
+    plot_curves(history, data.floor["val"], path.with_name(f"{path.stem}-curves.png"))
+
+
+def plot_curves(history, floor, path):
+    """Recon and KL against epochs, train and validation."""
+    figure = Figure(figsize=(9, 3.5), dpi=110, layout="constrained")
+    epochs = range(1, len(history) + 1)
+    titles = {"recon": "recon falls towards its floor", "kl": "KL, the length of the code, settles"}
+    for i, (name, title) in enumerate(titles.items(), 1):
+        axes = figure.add_subplot(1, 2, i, title=title, xlabel="epoch", ylabel="nats per image")
+        axes.plot(epochs, [h[name] for h in history], "o-", ms=3, label=f"train {name}")
+        axes.plot(epochs, [h[f"val_{name}"] for h in history], "s--", ms=3, label=f"val {name}")
+        if name == "recon":
+            axes.axhline(floor, color="gray", lw=1, label="entropy floor (val)")
+        axes.legend()
+    save_figure(figure, path)
+
+
+# ---------------------------------------------------------------- the section
+
+
+def load_model(path, device="cpu"):
+    """(trained model in eval mode, meta) from a checkpoint; UserError where it does not fit."""
+    meta = read_checkpoint(path, script="cvae")
+    model = load_weights(CVAE(meta["config"]["latent_dim"]), meta, path)
+    return model.to(device), meta
+
+
+@command
+def main(argv=None):
+    parser = Parser(__doc__)
+    parser.add_argument("--data", choices=("auto", "full", "sample"), default="auto",
+                        help="which images: full, the embedded sample, or full if it can be had")
+    parser.add_argument("--epochs", type=number(int, 1, 10_000), default=11,
+                        help="passes over the training split (11)")
+    parser.add_argument("--batch-size", type=number(int, 1, 100_000), default=128,
+                        help="images a step (128)")
+    parser.add_argument("--lr", type=number(float, 1e-8, 10), default=2e-3,
+                        help="peak learning rate (2e-3)")
+    parser.add_argument("--latent-dim", type=number(int, 1, 784), default=32,
+                        help="numbers in z (32)")
+    parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0,
+                        help="of weights, batches and noise (0)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (auto)")
+    parser.add_argument("--out", type=Path, default=Path("runs"),
+                        help="folder for the checkpoint and the figures (runs)")
+    args = parser.parse_args(argv)
+
+    device = pick_device(args.device)
+    data = load(args.data)
+    torch.manual_seed(args.seed)
+    model = CVAE(args.latent_dim).to(device, memory_format=torch.channels_last)
+    announce(args, device, data, model)
+    path, config = run_path(parser, args, "cvae", data.source,
+                            "epochs", "batch_size", "lr", "latent_dim")
+    start = time.time()
+    history = train(model, data, args.epochs, args.batch_size, args.lr, device)
+    metrics = test(model, data.test_images.to(device), data.test_labels.to(device))
+    metrics["seconds"] = time.time() - start
+    save_checkpoint(path, script="cvae", config=config, source=data.source, seed=args.seed,
+                    metrics=metrics, state_dict=model.state_dict())
+    pictures(model, data, history, path, device)
+    print(f"test ({data.source})  recon {metrics['recon']:.2f}"
+          f" (+{metrics['recon'] - data.floor['test']:.2f})  KL {metrics['kl']:.2f}"
+          f"  total {metrics['total']:.2f} nats per image  {metrics['seconds']:.0f} s  -> {path}")
+    print(f"beside a VAE: total + log 10 = {metrics['total'] + math.log(10):.2f}, since"
+          " -log p(x) <= -log p(x | y) + log 10")
+    return [path]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""Section 2: the variational autoencoder, in its plainest form (an MLP).
+
+A VAE (Kingma & Welling 2014, arXiv:1312.6114) supposes that each image x was made in two steps:
+draw z ~ N(0, I), then x ~ p(x | z), a neural network (the decoder). A second network (the encoder)
+guesses which z may have made a given x: q(z | x) = N(mu, diag sigma^2). Both are trained together
+to lower a bound on -log p(x), the negative ELBO (their eq. 3):
+
+    loss  =  E_q[ -log p(x | z) ]  +  KL( q(z | x) || N(0, I) )
+              recon: nats to describe      kl: nats of z that
+              the image given z            the image costs
+
+Both terms are in nats per image: summed over pixels and over latents, averaged over images.
+
+    python vae.py
+
+@RESULT@
+Try: --latent-dim 2, and scatter mu of the test images coloured by label. Or average the BCE over
+the pixels (a common mistake): the KL then weighs 784 times too much, and all images become one.
+Left out on purpose: dropout, normalisation layers, learned pixel variance, any trainer class.
+"""
+import time
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+
+from data import (CLASSES, Parser, UserError, announce, command, image_grid, load, load_weights,
+                  number, pick_device, read_checkpoint, run_path, save_checkpoint, save_figure)
+
+# ---------------------------------------------------------------- the model
+
+
+class VAE(torch.nn.Module):
+    """784 - 512 - 512 - z and back: images in [0, 1] -> logits, both (B, 1, 28, 28)."""
+
+    def __init__(self, latent_dim=20, hidden=512):
+        super().__init__()
+        self.latent_dim = latent_dim
+        self.encoder = torch.nn.Sequential(
+            torch.nn.Flatten(),
+            torch.nn.Linear(784, hidden), torch.nn.GELU(),
+            torch.nn.Linear(hidden, hidden), torch.nn.GELU(),
+            torch.nn.Linear(hidden, 2 * latent_dim),    # mu and log sigma^2
+        )
+        self.decoder = torch.nn.Sequential(
+            torch.nn.Linear(latent_dim, hidden), torch.nn.GELU(),
+            torch.nn.Linear(hidden, hidden), torch.nn.GELU(),
+            torch.nn.Linear(hidden, 784),               # one logit a pixel
+        )
+
+    def encode(self, x):
+        """q(z | x): x (B, 1, 28, 28) -> mu, logvar, each (B, latent_dim); logvar = log sigma^2."""
+        mu, logvar = self.encoder(x).chunk(2, dim=1)
+        return mu, logvar
+
+    def reparameterize(self, mu, logvar):
+        """z = mu + sigma * eps with eps ~ N(0, I): random, yet differentiable in mu and sigma."""
+        eps = torch.randn_like(mu)                      # (B, latent_dim)
+        return mu + torch.exp(0.5 * logvar) * eps       # sigma = exp(log sigma^2 / 2)
+
+    def decode(self, z):
+        """p(x | z): z (B, latent_dim) -> logits (B, 1, 28, 28)."""
+        return self.decoder(z).view(-1, 1, 28, 28)
+
+    def forward(self, x):
+        mu, logvar = self.encode(x)
+        z = self.reparameterize(mu, logvar)
+        return self.decode(z), mu, logvar
+
+
+# ---------------------------------------------------------------- the loss
+
+
+def elbo_terms(logits, x, mu, logvar):
+    """The two parts of the negative ELBO, each (B,), in nats per image (Kingma & Welling, eq. 10).
+
+    Sums, never means, over pixels and latents: only so do the two terms have the same unit.
+    """
+    # recon = -log p(x | z) = -sum_i [ x_i log p_i + (1 - x_i) log(1 - p_i) ],  p = sigmoid(logits)
+    recon = torch.nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="none")
+    recon = recon.flatten(1).sum(1)                                         # (B,)
+    # kl = 1/2 sum_d [ mu_d^2 + sigma_d^2 - log sigma_d^2 - 1 ]
+    kl = 0.5 * (mu.pow(2) + logvar.exp() - logvar - 1).sum(1)               # (B,)
+    return recon, kl
+
+
+# ---------------------------------------------------------------- training and testing
+
+
+def train(model, data, epochs, batch_size, lr, device):
+    """Adam with a OneCycle learning rate (up to `lr`, then to zero); returns one dict an epoch."""
+    x_train = data.train_images.to(device)
+    x_val = data.val_images.to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr)
+    steps = -(-len(x_train) // batch_size)              # rounded up: the last batch is smaller
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * steps)
+    history, start = [], time.time()
+    for epoch in range(1, epochs + 1):
+        model.train()
+        sums = torch.zeros(2)                           # recon and KL of the whole epoch
+        for step, batch in enumerate(torch.randperm(len(x_train)).split(batch_size), 1):
+            x = x_train[batch.to(device)]               # (B, 1, 28, 28)
+            logits, mu, logvar = model(x)
+            recon, kl = elbo_terms(logits, x, mu, logvar)
+            loss = (recon + kl).mean()
+            if not torch.isfinite(loss):
+                raise UserError(f"loss is {loss.item()} in epoch {epoch}, step {step}: lower --lr")
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            sums += torch.stack([recon.sum(), kl.sum()]).detach().cpu()
+        recon, kl = (sums / len(x_train)).tolist()
+        val = test(model, x_val)
+        seconds = time.time() - start
+        history.append({"recon": recon, "kl": kl, "val_recon": val["recon"], "val_kl": val["kl"]})
+        print(f"epoch {epoch:3}/{epochs}  "
+              f"train: recon {recon:.2f} (+{recon - data.floor['train']:.2f}) KL {kl:.2f} "
+              f"total {recon + kl:.2f}  "
+              f"val: recon {val['recon']:.2f} (+{val['recon'] - data.floor['val']:.2f}) "
+              f"KL {val['kl']:.2f} total {val['total']:.2f}  "
+              f"{seconds:.0f} s, {seconds / epoch * (epochs - epoch):.0f} s left", flush=True)
+    return history
+
+
+@torch.no_grad()
+def test(model, images, batch_size=1000):
+    """Mean recon, kl and total over the images, one posterior sample each, full KL weight."""
+    model.eval()
+    sums = torch.zeros(2)
+    for x in images.split(batch_size):
+        logits, mu, logvar = model(x)
+        recon, kl = elbo_terms(logits, x, mu, logvar)
+        sums += torch.stack([recon.sum(), kl.sum()]).cpu()
+    recon, kl = (sums / len(images)).tolist()
+    return {"recon": recon, "kl": kl, "total": recon + kl}
+
+
+# ---------------------------------------------------------------- the pictures
+
+
+@torch.no_grad()
+def pictures(model, data, history, path, device):
+    """Reconstructions, samples from the prior, curves: PNGs beside the checkpoint."""
+    model.eval()
+    first = [int((data.test_labels == c).nonzero()[0]) for c in range(len(CLASSES))]
+    x = data.test_images[first].to(device)              # one image of each class
+    logits, _, _ = model(x)
+    image_grid(torch.stack([x[:, 0], logits[:, 0].sigmoid()]),
+               path.with_name(f"{path.stem}-reconstructions.png"),
+               "Test images and their reconstructions", ("original", "z, decoded"), CLASSES)
+    z = torch.randn(80, model.latent_dim, device=device)
+    image_grid(model.decode(z).sigmoid().view(8, 10, 28, 28),
+               path.with_name(f"{path.stem}-samples.png"), "Decoded draws from the prior N(0, I)")
+    plot_curves(history, data.floor["val"], path.with_name(f"{path.stem}-curves.png"))
+
+
+def plot_curves(history, floor, path):
+    """Recon and KL against epochs, train and validation."""
+    figure = Figure(figsize=(9, 3.5), dpi=110, layout="constrained")
+    epochs = range(1, len(history) + 1)
+    titles = {"recon": "recon falls towards its floor", "kl": "KL, the length of the code, settles"}
+    for i, (name, title) in enumerate(titles.items(), 1):
+        axes = figure.add_subplot(1, 2, i, title=title, xlabel="epoch", ylabel="nats per image")
+        axes.plot(epochs, [h[name] for h in history], "o-", ms=3, label=f"train {name}")
+        axes.plot(epochs, [h[f"val_{name}"] for h in history], "s--", ms=3, label=f"val {name}")
+        if name == "recon":
+            axes.axhline(floor, color="gray", lw=1, label="entropy floor (val)")
+        axes.legend()
+    save_figure(figure, path)
+
+
+# ---------------------------------------------------------------- the section
+
+
+def load_model(path, device="cpu"):
+    """(trained model in eval mode, meta) from a checkpoint; UserError where it does not fit."""
+    meta = read_checkpoint(path, script="vae")
+    model = load_weights(VAE(meta["config"]["latent_dim"]), meta, path)
+    return model.to(device), meta
+
+
+@command
+def main(argv=None):
+    parser = Parser(__doc__)
+    parser.add_argument("--data", choices=("auto", "full", "sample"), default="auto",
+                        help="which images: full, the embedded sample, or full if it can be had")
+    parser.add_argument("--epochs", type=number(int, 1, 10_000), default=20,
+                        help="passes over the training split (20)")
+    parser.add_argument("--batch-size", type=number(int, 1, 100_000), default=128,
+                        help="images a step (128)")
+    parser.add_argument("--lr", type=number(float, 1e-8, 10), default=2e-3,
+                        help="peak learning rate (2e-3)")
+    parser.add_argument("--latent-dim", type=number(int, 1, 784), default=20,
+                        help="numbers in z (20)")
+    parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0,
+                        help="of weights, batches and noise (0)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (auto)")
+    parser.add_argument("--out", type=Path, default=Path("runs"),
+                        help="folder for the checkpoint and the figures (runs)")
+    args = parser.parse_args(argv)
+
+    device = pick_device(args.device)
+    data = load(args.data)
+    torch.manual_seed(args.seed)
+    model = VAE(args.latent_dim).to(device)
+    announce(args, device, data, model)
+    path, config = run_path(parser, args, "vae", data.source,
+                            "epochs", "batch_size", "lr", "latent_dim")
+    start = time.time()
+    history = train(model, data, args.epochs, args.batch_size, args.lr, device)
+    metrics = test(model, data.test_images.to(device)) | {"seconds": time.time() - start}
+    save_checkpoint(path, script="vae", config=config, source=data.source, seed=args.seed,
+                    metrics=metrics, state_dict=model.state_dict())
+    pictures(model, data, history, path, device)
+    print(f"test ({data.source})  recon {metrics['recon']:.2f}"
+          f" (+{metrics['recon'] - data.floor['test']:.2f})  KL {metrics['kl']:.2f}"
+          f"  total {metrics['total']:.2f} nats per image  {metrics['seconds']:.0f} s  -> {path}")
+    return [path]
+
+
+if __name__ == "__main__":
+    main()
