@@ -23,7 +23,7 @@ import torch
 from matplotlib.figure import Figure
 
 from data import (CLASSES, Parser, UserError, announce, command, image_grid, load, load_weights,
-                  number, pick_device, read_checkpoint, run_path, save_checkpoint, save_figure)
+                  pick_device, read_checkpoint, run_path, save_checkpoint, save_figure)
 
 # ---------------------------------------------------------------- the model
 
@@ -240,26 +240,36 @@ def load_model(path, device="cpu"):
     return model.to(device), meta
 
 
+def train_one(beta, args, data, device, path, config):
+    """Train, test and save the model of one beta."""
+    torch.manual_seed(args.seed)                        # the same start for every beta
+    model = BetaVAE(args.latent_dim).to(device)
+    start = time.time()
+    history = train(model, data, args.epochs, args.batch_size, args.lr, device, beta)
+    torch.manual_seed(args.seed)                        # evaluate.py repeats exactly this test
+    metrics = test(model, data.test_images.to(device)) | {"seconds": time.time() - start}
+    metrics["excess"] = metrics["recon"] - data.floor["test"]
+    mu, _ = posterior(model, data.test_images)
+    metrics["active_units"] = active_units(mu)
+    train_mu, _ = posterior(model, data.train_images)
+    metrics["probe"] = linear_probe(train_mu, data.train_labels, mu, data.test_labels)
+    save_checkpoint(path, script="beta_vae", config=config, source=data.source,
+                    seed=args.seed, metrics=metrics, state_dict=model.state_dict())
+    plot_curves(history, data.floor["val"], path.with_name(f"{path.stem}-curves.png"))
+
+
 @command
 def main(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("--data", choices=("auto", "full", "sample"), default="auto",
-                        help="which images: full, the embedded sample, or full if it can be had")
-    parser.add_argument("--epochs", type=number(int, 1, 10_000), default=8,
-                        help="passes over the training split for each beta (8)")
-    parser.add_argument("--batch-size", type=number(int, 1, 100_000), default=128,
-                        help="images a step (128)")
-    parser.add_argument("--lr", type=number(float, 1e-8, 10), default=2e-3,
-                        help="peak learning rate (2e-3)")
-    parser.add_argument("--latent-dim", type=number(int, 1, 784), default=10,
-                        help="numbers in z (10)")
-    parser.add_argument("--betas", type=number(float, 0, 1e6), nargs="+", default=[0.25, 1, 4, 8],
-                        help="weights of the KL (0.25 1 4 8)")
-    parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0,
-                        help="of weights, batches and noise (0)")
+    parser.number("--epochs", int, 1, 10_000, 8, "passes over the training split for each beta (8)")
+    parser.number("--batch-size", int, 1, 100_000, 128, "images a step (128)")
+    parser.number("--lr", float, 1e-8, 10, 2e-3, "peak learning rate (2e-3)")
+    parser.number("--latent-dim", int, 1, 784, 10, "numbers in z (10)")
+    parser.number("--betas", float, 0, 1e6, [0.25, 1, 4, 8],
+                  "weights of the KL (0.25 1 4 8)", nargs="+")
+    parser.number("--seed", int, 0, 2**32 - 1, 0, "of weights, batches and noise (0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (auto)")
-    parser.add_argument("--out", type=Path, default=Path("runs"),
-                        help="folder for the checkpoint and the figures (runs)")
+    parser.add_argument("--reuse", action="store_true", help="do not train again what is there")
     args = parser.parse_args(argv)
 
     args.betas = sorted(args.betas)
@@ -273,22 +283,16 @@ def main(argv=None):
         print(f"beta = {beta:g}")
         path, config = run_path(parser, args, f"beta_vae-beta{beta:g}", data.source,
                                 "epochs", "batch_size", "lr", "latent_dim")
-        torch.manual_seed(args.seed)                    # the same start for every beta
-        models[beta] = model = BetaVAE(args.latent_dim).to(device)
-        start = time.time()
-        history = train(model, data, args.epochs, args.batch_size, args.lr, device, beta)
-        metrics = test(model, data.test_images.to(device)) | {"seconds": time.time() - start}
-        mu, logvar = posterior(model, data.test_images)
-        metrics["active_units"] = active_units(mu)
-        metrics["probe"] = linear_probe(posterior(model, data.train_images)[0], data.train_labels,
-                                        mu, data.test_labels)
-        save_checkpoint(path, script="beta_vae", config=config | {"beta": beta}, source=data.source,
-                        seed=args.seed, metrics=metrics, state_dict=model.state_dict())
-        plot_curves(history, data.floor["val"], path.with_name(f"{path.stem}-curves.png"))
-        plot_traversals(model, data.test_images[:1], dimension_kl(mu, logvar), beta,
-                        path.with_name(f"{path.stem}-traversals.png"), device)
-        rows.append(metrics | {"beta": beta, "excess": metrics["recon"] - data.floor["test"]})
+        config["beta"] = beta
+        if not (args.reuse and path.exists()):
+            train_one(beta, args, data, device, path, config)
+        read_checkpoint(path, config=config, source=data.source, seed=args.seed)
+        models[beta], meta = load_model(path, device)
+        rows.append(meta["metrics"] | {"beta": beta})
         paths.append(path)
+        kl = dimension_kl(*posterior(models[beta], data.test_images))
+        plot_traversals(models[beta], data.test_images[:1], kl, beta,
+                        path.with_name(f"{path.stem}-traversals.png"), device)
     name = f"beta_vae-{data.source}-seed{args.seed}"
     pictures(models, data, args.out, name, device)
     plot_tradeoff(rows, args.out / f"{name}-tradeoff.png")

@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from data import (CLASSES, Parser, UserError, announce, command, fast_bfloat16, load, load_weights,
-                  number, pick_device, read_checkpoint, run_path, save_checkpoint, save_figure)
+                  pick_device, read_checkpoint, run_path, save_checkpoint, save_figure)
 
 PRETRAINED = Path(__file__).resolve().parent / "assets" / "fashion-resnet18.pt"
 
@@ -201,18 +201,11 @@ def confusion_figure(asked, judged, path, title):
 @command
 def main(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("--data", choices=("auto", "full", "sample"), default="auto",
-                        help="which images: full, the embedded sample, or full if it can be had")
-    parser.add_argument("--epochs", type=number(int, 1, 10_000), default=18,
-                        help="passes over the training split (18)")
-    parser.add_argument("--batch-size", type=number(int, 2, 10_000), default=128,
-                        help="images a step (128)")
-    parser.add_argument("--lr", type=number(float, 1e-8, 100), default=0.1,
-                        help="peak learning rate of OneCycle (0.1)")
-    parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="(0)")
+    parser.number("--epochs", int, 1, 10_000, 18, "passes over the training split (18)")
+    parser.number("--batch-size", int, 2, 10_000, 128, "images a step (128)")
+    parser.number("--lr", float, 1e-8, 100, 0.1, "peak learning rate of OneCycle (0.1)")
+    parser.number("--seed", int, 0, 2**32 - 1, 0, "of weights, batches and augmentation (0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (auto)")
-    parser.add_argument("--out", type=Path, default=Path("runs"),
-                        help="folder for the checkpoint and the figure (runs)")
     args = parser.parse_args(argv)
 
     device = pick_device(args.device)

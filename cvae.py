@@ -24,7 +24,7 @@ import torch
 from matplotlib.figure import Figure
 
 from data import (CLASSES, Parser, UserError, announce, command, fast_bfloat16, image_grid, load,
-                  load_weights, number, pick_device, read_checkpoint, run_path, save_checkpoint,
+                  load_weights, pick_device, read_checkpoint, run_path, save_checkpoint,
                   save_figure)
 
 # ---------------------------------------------------------------- the model
@@ -234,21 +234,13 @@ def load_model(path, device="cpu"):
 @command
 def main(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("--data", choices=("auto", "full", "sample"), default="auto",
-                        help="which images: full, the embedded sample, or full if it can be had")
-    parser.add_argument("--epochs", type=number(int, 1, 10_000), default=11,
-                        help="passes over the training split (11)")
-    parser.add_argument("--batch-size", type=number(int, 1, 100_000), default=128,
-                        help="images a step (128)")
-    parser.add_argument("--lr", type=number(float, 1e-8, 10), default=2e-3,
-                        help="peak learning rate (2e-3)")
-    parser.add_argument("--latent-dim", type=number(int, 1, 784), default=32,
-                        help="numbers in z (32)")
-    parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0,
-                        help="of weights, batches and noise (0)")
+    parser.number("--epochs", int, 1, 10_000, 11, "passes over the training split (11)")
+    parser.number("--batch-size", int, 1, 100_000, 128, "images a step (128)")
+    parser.number("--lr", float, 1e-8, 10, 2e-3, "peak learning rate (2e-3)")
+    parser.number("--latent-dim", int, 1, 784, 32, "numbers in z (32)")
+    parser.number("--seed", int, 0, 2**32 - 1, 0, "of weights, batches and noise (0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (auto)")
-    parser.add_argument("--out", type=Path, default=Path("runs"),
-                        help="folder for the checkpoint and the figures (runs)")
+    parser.add_argument("--reuse", action="store_true", help="do not train again what is there")
     args = parser.parse_args(argv)
 
     device = pick_device(args.device)
@@ -258,8 +250,13 @@ def main(argv=None):
     announce(args, device, data, model)
     path, config = run_path(parser, args, "cvae", data.source,
                             "epochs", "batch_size", "lr", "latent_dim")
+    if args.reuse and path.exists():
+        read_checkpoint(path, config=config, source=data.source, seed=args.seed)
+        print(f"{path} is there: nothing to train")
+        return [path]
     start = time.time()
     history = train(model, data, args.epochs, args.batch_size, args.lr, device)
+    torch.manual_seed(args.seed)                        # evaluate.py repeats exactly this test
     metrics = test(model, data.test_images.to(device), data.test_labels.to(device))
     metrics["seconds"] = time.time() - start
     save_checkpoint(path, script="cvae", config=config, source=data.source, seed=args.seed,

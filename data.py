@@ -185,22 +185,26 @@ def command(main):
 
 
 class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors, the flags --data and --out, and numbers within bounds."""
+
     def __init__(self, doc):
         super().__init__(description=doc, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.add_argument("--data", choices=("auto", "full", "sample"), default="auto",
+                          help="all images, the embedded sample, or all if they can be had (auto)")
+        self.add_argument("--out", type=Path, default=Path("runs"), help="folder to write to (runs)")
+
+    def number(self, flag, kind, low, high, default, text, **more):
+        """A flag for an int or a float from low to high."""
+        def convert(word):
+            if not low <= kind(word) <= high:
+                raise argparse.ArgumentTypeError(f"{word} is not from {low} to {high}")
+            return kind(word)
+        convert.__name__ = kind.__name__  # argparse says "invalid int value"
+        self.add_argument(flag, type=convert, default=default, help=text, **more)
 
     def error(self, message):
         fail(f"{message} (see --help)")
-
-
-def number(kind, low, high):
-    """An argparse type: an int or a float from low to high."""
-    def convert(text):
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
-        return kind(text)
-    convert.__name__ = kind.__name__  # argparse names it: "invalid int value"
-    return convert
 
 
 def pick_device(name="auto"):
@@ -272,7 +276,7 @@ def load_weights(model, meta, path):
 
 def announce(args, device, data, model=None):
     """The first lines of every script: what runs, where, on what."""
-    print(" ".join(f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items()))
+    print(", ".join(f"{name} {value}" for name, value in vars(args).items()))
     sizes = " / ".join(f"{len(images):,}" for images in data[:6:2])
     print(f"device {device}; data {data.source}: {sizes} images (train / val / test)")
     floors = ", ".join(f"{split} {floor:.2f}" for split, floor in data.floor.items())
@@ -329,11 +333,7 @@ def explore(data, out):
 
 @command
 def main(argv=None):
-    parser = Parser(__doc__)
-    parser.add_argument("--data", choices=("auto", "full", "sample"), default="auto",
-                        help="which images: full, the embedded sample, or full if it can be had")
-    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder for figures (runs)")
-    args = parser.parse_args(argv)
+    args = Parser(__doc__).parse_args(argv)
     data = load(args.data)
     announce(args, "cpu", data)
     explore(data, args.out)

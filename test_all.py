@@ -1,0 +1,802 @@
+"""Every test of the study: python -m pytest test_all.py (offline, on real images, below 3 minutes).
+
+Each test states a fact and holds it against something that is not this code: a closed form,
+torch.distributions, numpy, a hand-made file, or another process.
+"""
+import gzip
+import hashlib
+import http.server
+import inspect
+import json
+import math
+import os
+import pickle
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import beta_vae
+import classifier
+import conv_vae
+import cvae
+import data
+import evaluate
+import vae
+
+HERE = Path(__file__).resolve().parent
+SCRIPTS = ("data", "vae", "conv_vae", "beta_vae", "cvae", "classifier", "evaluate")
+MODELS = {vae: vae.VAE, conv_vae: conv_vae.ConvVAE, beta_vae: beta_vae.BetaVAE, cvae: cvae.CVAE}
+each_model = pytest.mark.parametrize("module", MODELS, ids=lambda m: m.__name__)
+
+
+@pytest.fixture(scope="session")
+def sample():
+    return data.load("sample")
+
+
+@pytest.fixture
+def tiny(sample):
+    """300 / 100 / 100 real images, all classes."""
+    pick = torch.arange(300) * 16 % 5000
+    return sample._replace(train_images=sample.train_images[pick],
+                           train_labels=sample.train_labels[pick],
+                           val_images=sample.val_images[::10], val_labels=sample.val_labels[::10],
+                           test_images=sample.test_images[::20],
+                           test_labels=sample.test_labels[::20])
+
+
+def given(module, labels):
+    return (labels,) if module is cvae else ()
+
+
+# ---------------------------------------------------------------- data
+
+
+def idx(array):
+    """IDX bytes of a uint8 array, written from the format's description."""
+    return struct.pack(">BBBB", 0, 0, 8, array.ndim) + struct.pack(f">{array.ndim}I",
+                                                                   *array.shape) + array.tobytes()
+
+
+def test_idx_parser_reads_hand_made_bytes():
+    images = np.arange(2 * 28 * 28).astype(np.uint8).reshape(2, 28, 28)
+    assert np.array_equal(data.read_idx(idx(images)), images)
+    assert np.array_equal(data.read_idx(idx(np.array([3, 9], np.uint8))), [3, 9])
+
+
+@pytest.mark.parametrize("raw", [b"", b"\0\0\x08", b"PK\3\4" * 9, idx(np.zeros(5, np.uint8))[:-1],
+                                 idx(np.zeros(5, np.uint8)) + b"x", b"\0\0\x08\x03\0\0\0\1",
+                                 b"\0\0\x08\x02" + bytes(8), b"\0\0\x08\x01\xff\xff\xff\xff"])
+def test_idx_parser_refuses_everything_else(raw):
+    with pytest.raises(ValueError, match="IDX|promises"):
+        data.read_idx(raw)
+
+
+def test_idx_parser_never_fails_otherwise_on_random_bytes():
+    rng = np.random.RandomState(0)
+    for _ in range(2000):
+        raw = b"\0\0\x08" + rng.bytes(rng.randint(0, 40)) if rng.rand() < 0.7 else rng.bytes(30)
+        try:
+            data.read_idx(raw)
+        except ValueError:
+            pass
+
+
+def test_split_is_stratified_disjoint_and_stable():
+    labels = np.tile(np.arange(10), 6000)
+    train, val = data.split_indices(labels)
+    assert len(train) == 55_000 and len(val) == 5_000
+    assert not set(train) & set(val)
+    assert (np.bincount(labels[val]) == 500).all()
+    # the indices themselves, as first published: whoever changes them changes every number
+    assert hashlib.sha256(val.astype("<i8").tobytes()).hexdigest()[:16] == "3530c710df4783a7"
+
+
+def test_sample_is_balanced_raw_and_small(sample):
+    assert sample.source == "sample"
+    sizes = {"train": 5000, "val": 1000, "test": 2000}
+    for split, size in sizes.items():
+        x, y = getattr(sample, f"{split}_images"), getattr(sample, f"{split}_labels")
+        assert x.shape == (size, 1, 28, 28) and x.dtype == torch.float32
+        assert x.min() == 0 and x.max() == 1
+        assert y.dtype == torch.int64 and (y.bincount() == size // 10).all()
+    assert (HERE / "assets" / data.SAMPLE).stat().st_size <= 4_000_000
+
+
+@pytest.fixture(scope="session")
+def full():
+    try:
+        return data.read_folder(next(f for f in data.FOLDERS if f.exists()))
+    except (StopIteration, data.UserError):
+        pytest.skip("the full data set is not here (apt install dataset-fashion-mnist)")
+
+
+def test_sample_is_the_first_images_of_each_class_of_the_full_set(full, sample):
+    folder = next(f for f in data.FOLDERS if f.exists())
+    raw = [data.unpack((folder / f"{n}.gz").read_bytes(), n, n) for n in data.FILES]
+
+    def first(labels, start, stop):
+        return np.sort(np.concatenate([np.flatnonzero(labels == c)[start:stop] for c in range(10)]))
+
+    for x, y, rows, images, labels in (
+            (*raw[:2], first(raw[1], 0, 500), sample.train_images, sample.train_labels),
+            (*raw[:2], first(raw[1], 500, 600), sample.val_images, sample.val_labels),
+            (*raw[2:], first(raw[3], 0, 200), sample.test_images, sample.test_labels)):
+        assert np.array_equal(x[rows], (images[:, 0] * 255).round().numpy().astype(np.uint8))
+        assert np.array_equal(y[rows], labels.numpy())
+
+
+def test_full_set_loads_with_the_known_floor(full):
+    loaded = data.load("full")
+    assert [len(t) for t in loaded[:6]] == [55_000] * 2 + [5_000] * 2 + [10_000] * 2
+    assert (loaded.val_labels.bincount() == 500).all()
+    assert loaded.floor["test"] == pytest.approx(189.86, abs=0.005)
+
+
+def test_pixel_entropy_is_bernoulli_entropy(sample):
+    x = sample.test_images[:50]
+    expected = torch.distributions.Bernoulli(x.flatten(1)).entropy().nan_to_num().sum(1)
+    assert torch.allclose(data.pixel_entropy(x), expected, rtol=1e-4)
+    assert data.pixel_entropy(x.round()).abs().max() == 0
+
+
+@pytest.fixture
+def small_files(monkeypatch, tmp_path):
+    """The four files in miniature, with their own checksums; the working folder is empty."""
+    rng = np.random.RandomState(0)
+    labels = np.repeat(np.arange(10), 510).astype(np.uint8)
+    arrays = [rng.randint(0, 256, (5100, 28, 28)).astype(np.uint8), labels,
+              rng.randint(0, 256, (20, 28, 28)).astype(np.uint8), labels[:20]]
+    raw = {name: idx(array) for name, array in zip(data.FILES, arrays)}
+    monkeypatch.setattr(data, "FILES", {n: hashlib.sha256(b).hexdigest() for n, b in raw.items()})
+    monkeypatch.setattr(data, "FOLDERS", (Path("fashion-mnist"), Path("nowhere")))
+    monkeypatch.delenv("FASHION_MNIST_DIR", raising=False)
+    monkeypatch.chdir(tmp_path)
+    return {name: gzip.compress(content, 1) for name, content in raw.items()}
+
+
+@pytest.fixture
+def server():
+    """A web server on this machine: server(handler(path) -> (status, body)) -> its address."""
+    running = []
+
+    def start(answer):
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                status, body, *length = answer(self.path.strip("/"))
+                self.send_response(status)
+                self.send_header("Content-Length", str(length[0] if length else len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_):
+                pass
+
+        running.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler))
+        threading.Thread(target=running[-1].serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{running[-1].server_port}/"
+
+    yield start
+    for one in running:
+        one.shutdown()
+
+
+def test_download_goes_from_bad_mirrors_to_a_good_one(monkeypatch, small_files, server):
+    monkeypatch.setattr(data, "MIRRORS", (
+        server(lambda path: (404, b"gone")),
+        server(lambda path: (200, gzip.compress(b"wrong bytes"))),
+        server(lambda path: (200, small_files[path[:-3]][:99], len(small_files[path[:-3]]))),
+        server(lambda path: (200, small_files[path[:-3]]))))
+    loaded = data.load("full")
+    assert [len(t) for t in loaded[:6]] == [100] * 2 + [5000] * 2 + [20] * 2
+    files = sorted(path.name for path in Path("fashion-mnist").iterdir())
+    assert files == sorted(f"{name}.gz" for name in small_files)
+    monkeypatch.setattr(data, "MIRRORS", ())  # the second time needs no network
+    assert data.load("auto").source == "full"
+
+
+def test_without_data_and_network_auto_uses_the_sample_and_full_refuses(monkeypatch, small_files,
+                                                                        server, capsys):
+    monkeypatch.setattr(data, "MIRRORS", (server(lambda path: (500, b"")), "http://127.0.0.1:9/"))
+    assert data.load("auto").source == "sample"
+    assert "SAMPLE" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="network"):
+        data.load("full")
+
+
+@pytest.mark.parametrize("harm", ["truncate", "other data", "empty", "directory", "missing"])
+def test_a_wrong_file_is_named_and_never_replaced_by_the_sample(small_files, monkeypatch, harm):
+    folder = Path("mine")
+    folder.mkdir()
+    for name, content in small_files.items():
+        (folder / f"{name}.gz").write_bytes(content)
+    victim = folder / "t10k-images-idx3-ubyte.gz"
+    content = victim.read_bytes()
+    victim.unlink()
+    if harm == "directory":
+        victim.mkdir()
+    elif harm != "missing":
+        victim.write_bytes({"truncate": content[:-20], "empty": b"",
+                            "other data": gzip.compress(idx(np.zeros((20, 28, 28), np.uint8)))
+                            }[harm])
+    monkeypatch.setenv("FASHION_MNIST_DIR", str(folder))
+    for source in ("auto", "full"):
+        with pytest.raises(ValueError, match="t10k-images"):
+            data.load(source)
+
+
+# ---------------------------------------------------------------- plumbing
+
+
+@pytest.mark.parametrize("module, flags", [
+    (vae, ["--epochs", "0"]), (vae, ["--epochs", "-3"]), (vae, ["--epochs", "many"]),
+    (conv_vae, ["--batch-size", "0"]), (cvae, ["--latent-dim", "0"]), (vae, ["--lr", "nan"]),
+    (cvae, ["--latent-dim", "-1"]), (beta_vae, ["--betas", "-1"]), (beta_vae, ["--betas", "1", "1"]),
+    (vae, ["--lr", "inf"]), (vae, ["--data", "mnist"]), (vae, ["--device", "abacus"]),
+    (evaluate, ["--split", "train"]), (evaluate, ["--seeds", "1", "1"]), (vae, ["--seed", "-1"]),
+    (classifier, ["--batch-size", "1"]), (data, ["--nonsense"]), (conv_vae, ["--warmup-epochs", "-1"]),
+    (data, ["--data", "sample", "--out", __file__]), (vae, ["--data", "sample", "--out", __file__]),
+], ids=lambda v: " ".join(v) if isinstance(v, list) else v.__name__)
+def test_a_bad_flag_is_one_line_and_exit_code_2(module, flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        module.main(flags)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_checkpoint_comes_back_as_it_was_saved(tmp_path):
+    path = data.save_checkpoint(tmp_path / "deep" / "x.pt", seed=3, weights=torch.arange(4.0))
+    assert data.read_checkpoint(path, seed=3)["weights"].tolist() == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="'seed': 4"):
+        data.read_checkpoint(path, seed=4)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="x.pt"):
+        data.read_checkpoint(path)
+
+
+def test_malicious_checkpoint_is_refused_unread(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "harm"),)
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(ValueError, match="no usable checkpoint"):
+        data.read_checkpoint(tmp_path / "evil.pt")
+    assert not (tmp_path / "harm").exists()
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    path = data.write_atomically(tmp_path / "f", lambda file: file.write(b"old"))
+
+    def dies(file):
+        file.write(b"half")
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        data.write_atomically(path, dies)
+    assert path.read_bytes() == b"old"
+
+
+def test_a_trial_run_never_has_the_name_of_the_real_one(tmp_path):
+    parser = data.Parser("")
+    parser.number("--epochs", int, 1, 99, 20, "")
+    parser.number("--seed", int, 0, 9, 0, "")
+    names = [data.run_path(parser, parser.parse_args(["--out", str(tmp_path), *flags]), "vae",
+                           "full", "epochs")[0].name
+             for flags in ([], ["--epochs", "20"], ["--epochs", "1"], ["--epochs", "2"])]
+    assert names[0] == names[1] == "vae-full-seed0.pt"
+    assert len(set(names)) == 3
+
+
+@each_model
+def test_checkpoint_of_another_model_or_shape_is_refused(module, tmp_path):
+    small, large = MODELS[module](2), MODELS[module](3)
+    other = data.save_checkpoint(tmp_path / "a.pt", script="other", config={"latent_dim": 2},
+                                 state_dict=small.state_dict())
+    shape = data.save_checkpoint(tmp_path / "b.pt", script=module.__name__,
+                                 config={"latent_dim": 2}, state_dict=large.state_dict())
+    for path in (other, shape):
+        with pytest.raises(ValueError, match=path.name):
+            module.load_model(path)
+
+
+def test_device_auto_is_usable_and_unknown_is_refused():
+    assert torch.zeros(1, device=data.pick_device()).item() == 0
+    with pytest.raises(ValueError, match="abacus"):
+        data.pick_device("abacus")
+
+
+def test_image_grid_puts_every_image_in_its_cell(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(data.Figure, "savefig", lambda figure, *a, **k: seen.append(
+        figure.axes[0].images[0].get_array()))
+    images = torch.rand(2, 3, 28, 28)
+    data.image_grid(images, tmp_path / "grid.png", rows=("a", "b"))
+    assert seen[0].shape == (60, 90)
+    assert torch.equal(torch.as_tensor(np.asarray(seen[0][31:59, 61:89])), images[1, 2])
+
+
+# ---------------------------------------------------------------- the loss and the models
+
+
+@each_model
+def test_kl_is_that_of_torch_distributions(module):
+    torch.manual_seed(0)
+    mu, logvar = torch.randn(7, 5), torch.randn(7, 5)
+    _, kl = module.elbo_terms(torch.zeros(7, 1, 28, 28), torch.zeros(7, 1, 28, 28), mu, logvar)
+    q = torch.distributions.Normal(mu, (logvar / 2).exp())
+    expected = torch.distributions.kl_divergence(q, torch.distributions.Normal(0, 1)).sum(1)
+    assert torch.allclose(kl, expected, rtol=1e-5)
+
+
+@each_model
+def test_recon_is_minus_log_bernoulli_on_binary_images(module, sample):
+    torch.manual_seed(0)
+    x, logits = sample.test_images[:20].round(), torch.randn(20, 1, 28, 28)
+    recon, _ = module.elbo_terms(logits, x, torch.zeros(20, 2), torch.zeros(20, 2))
+    expected = -torch.distributions.Bernoulli(logits=logits).log_prob(x).flatten(1).sum(1)
+    assert torch.allclose(recon, expected, rtol=1e-5)
+
+
+@each_model
+def test_recon_of_the_perfect_decoder_is_the_floor_and_nothing_is_below(module, sample):
+    x, zero = sample.test_images[:100], torch.zeros(100, 2)
+    perfect, _ = module.elbo_terms(x.clamp(1e-6, 1 - 1e-6).logit(), x, zero, zero)
+    assert torch.allclose(perfect, data.pixel_entropy(x), atol=0.05)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        other, _ = module.elbo_terms(torch.randn_like(x) * 3, x, zero, zero)
+        assert (other > data.pixel_entropy(x)).all()
+
+
+@each_model
+def test_reparameterized_z_has_the_right_mean_std_and_gradient(module):
+    torch.manual_seed(0)
+    mu = torch.tensor([[1.5, -2.0]]).repeat(200_000, 1).requires_grad_()
+    logvar = torch.tensor([[0.0, math.log(0.25)]]).repeat(200_000, 1).requires_grad_()
+    z = MODELS[module](2).reparameterize(mu, logvar)
+    assert torch.allclose(z.mean(0), torch.tensor([1.5, -2.0]), atol=0.02)
+    assert torch.allclose(z.std(0), torch.tensor([1.0, 0.5]), atol=0.02)
+    # d/dmu E[z^2] = 2 mu and d/dlogvar E[z^2] = sigma^2
+    z.pow(2).sum().backward()
+    assert torch.allclose(mu.grad.mean(0), torch.tensor([3.0, -4.0]), atol=0.03)
+    assert torch.allclose(logvar.grad.mean(0), torch.tensor([1.0, 0.25]), atol=0.03)
+
+
+@each_model
+@pytest.mark.parametrize("latent_dim", [1, 20])
+def test_shapes(module, latent_dim, sample):
+    model = MODELS[module](latent_dim)
+    x, y = sample.test_images[:6], given(module, sample.test_labels[:6])
+    logits, mu, logvar = model(x, *y)
+    assert logits.shape == x.shape
+    assert mu.shape == logvar.shape == (6, latent_dim)
+    assert model.decode(torch.zeros(6, latent_dim), *y).shape == x.shape
+    recon, kl = module.elbo_terms(logits, x, mu, logvar)
+    assert recon.shape == kl.shape == (6,)
+
+
+@each_model
+def test_test_loop_is_a_sample_estimate_over_all_images_at_full_kl_weight(module, sample):
+    torch.manual_seed(0)
+    model, (x, y) = MODELS[module](8), (sample.test_images[:250], sample.test_labels[:250])
+    torch.manual_seed(5)
+    result = module.test(model, x, *given(module, y), batch_size=100)
+    torch.manual_seed(5)
+    recon, kl = [], []
+    for part in range(0, 250, 100):
+        b, c = x[part:part + 100], given(module, y[part:part + 100])
+        mu, logvar = model.encode(b, *c)
+        z = mu + (logvar / 2).exp() * torch.randn_like(mu)
+        log_p = torch.distributions.Bernoulli(logits=model.decode(z, *c), validate_args=False)
+        recon.append(-log_p.log_prob(b).flatten(1).sum(1))
+        q = torch.distributions.Normal(mu, (logvar / 2).exp())
+        kl.append(torch.distributions.kl_divergence(q, torch.distributions.Normal(0, 1)).sum(1))
+    assert result["recon"] == pytest.approx(torch.cat(recon).mean().item(), rel=1e-5)
+    assert result["kl"] == pytest.approx(torch.cat(kl).mean().item(), rel=1e-5)
+    assert result["total"] == result["recon"] + result["kl"]
+
+
+@each_model
+def test_same_seed_same_weights_other_seed_others(module, tiny, capsys):
+    def weights(seed):
+        torch.manual_seed(seed)
+        model = MODELS[module](4)
+        extra = {conv_vae: {"warmup_epochs": 1}, beta_vae: {"beta": 2}}.get(module, {})
+        module.train(model, tiny, 1, 100, 1e-3, torch.device("cpu"), **extra)
+        return torch.cat([p.flatten() for p in model.parameters()])
+    first = weights(0)
+    assert torch.equal(first, weights(0))
+    assert not torch.equal(first, weights(1))
+
+
+def test_an_exploding_learning_rate_stops_with_epoch_and_step(tiny, capsys):
+    with pytest.raises(ValueError, match=r"epoch 1, step \d+: lower --lr"):
+        vae.train(vae.VAE(), tiny, 2, 10, 1e9, torch.device("cpu"))
+
+
+def test_warmup_goes_from_0_to_1_over_the_stated_steps_and_stays():
+    weights = [conv_vae.kl_weight(step, 4) for step in range(7)]
+    assert weights == [0, 0.25, 0.5, 0.75, 1, 1, 1]
+    assert conv_vae.kl_weight(0, 0) == 1
+
+
+def test_warmup_counts_training_steps_only(tiny, capsys):
+    history = conv_vae.train(conv_vae.ConvVAE(2), tiny, 2, 100, 1e-3, torch.device("cpu"), 2)
+    assert [w for h in history for w in h["weights"]] == [i / 6 for i in range(6)]
+
+
+def test_beta_weighs_the_gradient_of_the_kl(tiny, capsys):
+    ends = {}
+    for beta in (0, 50):
+        torch.manual_seed(0)
+        model = beta_vae.BetaVAE(4)
+        beta_vae.train(model, tiny, 8, 50, 2e-3, torch.device("cpu"), beta)
+        ends[beta] = beta_vae.test(model, tiny.test_images)
+    assert ends[50]["kl"] < 0.2 * ends[0]["kl"]
+    assert ends[50]["recon"] > ends[0]["recon"]
+
+
+def test_cvae_encoder_and_decoder_each_depend_on_the_label(sample):
+    torch.manual_seed(0)
+    model, x, y = cvae.CVAE(4).eval(), sample.test_images[:5], sample.test_labels[:5]
+    z = torch.randn(5, 4)
+    assert not torch.allclose(model.encode(x, y)[0], model.encode(x, (y + 1) % 10)[0])
+    assert not torch.allclose(model.decode(z, y), model.decode(z, (y + 1) % 10))
+    order = torch.tensor([4, 2, 0, 1, 3])  # permuting the requests permutes the images
+    assert torch.allclose(model.decode(z, y)[order], model.decode(z[order], y[order]), atol=1e-5)
+
+
+def test_a_short_training_beats_the_best_constant_image(sample, capsys):
+    p = sample.train_images.mean(0).clamp(1e-4, 1 - 1e-4)  # the best one image for all
+    constant = torch.nn.functional.binary_cross_entropy(
+        p.expand_as(sample.test_images), sample.test_images, reduction="none").flatten(1).sum(1)
+    torch.manual_seed(0)
+    model = vae.VAE()
+    vae.train(model, sample, 6, 128, 2e-3, torch.device("cpu"))
+    learned = vae.test(model, sample.test_images)["total"]
+    assert constant.mean() > 350  # so that "well below" means something
+    assert learned < constant.mean() - 70
+
+
+# ---------------------------------------------------------------- what the latent space learned
+
+
+def test_active_units_counts_dimensions_that_move():
+    torch.manual_seed(0)
+    mu = torch.randn(1000, 5) * torch.tensor([1, 0.5, 0.09, 0.0, 0.11])
+    assert beta_vae.active_units(mu) == 3
+
+
+def test_dimension_kl_sums_to_the_kl():
+    mu, logvar = torch.randn(50, 6), torch.randn(50, 6)
+    _, kl = vae.elbo_terms(torch.zeros(50, 1), torch.zeros(50, 1), mu, logvar)
+    assert beta_vae.dimension_kl(mu, logvar).sum().item() == pytest.approx(kl.mean().item())
+
+
+def test_linear_probe_is_least_squares(sample):
+    torch.manual_seed(0)
+    mu, y = sample.train_images[::5].flatten(1)[:, 200:260], sample.train_labels[::5]
+    test_mu, test_y = sample.test_images.flatten(1)[:, 200:260], sample.test_labels
+    a, b = (torch.cat([m, torch.ones(len(m), 1)], 1).double() for m in (mu, test_mu))
+    w = torch.linalg.lstsq(a, torch.eye(10, dtype=torch.float64)[y]).solution
+    expected = ((b @ w).argmax(1) == test_y).double().mean().item()
+    assert beta_vae.linear_probe(mu, y, test_mu, test_y, ridge=1e-9) == pytest.approx(expected)
+
+
+# ---------------------------------------------------------------- the classifier
+
+
+@pytest.fixture(scope="session")
+def judge():
+    return classifier.load_pretrained()
+
+
+def test_resnet18_has_18_weight_layers_and_the_known_size():
+    model = classifier.FashionResNet18()
+    layers = [name for name, m in model.named_modules()
+              if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear)) and "shortcut" not in name]
+    assert len(layers) == 18
+    widths, expected, inputs = (32, 64, 128, 256), 9 * 32 + 2 * 32, 32
+    for w in widths:
+        expected += 9 * inputs * w + 3 * 9 * w * w + 4 * 2 * w       # two blocks with their norms
+        expected += (inputs * w + 2 * w) if inputs != w else 0       # projection shortcut
+        inputs = w
+    assert sum(p.numel() for p in model.parameters()) == expected + 256 * 10 + 10 == 2_797_034
+
+
+def test_normalisation_is_inside_and_applied_once(sample):
+    torch.manual_seed(0)
+    bare, wrapped = classifier.FashionResNet18(0, 1), classifier.FashionResNet18(0.3, 0.4)
+    wrapped.load_state_dict(bare.state_dict() | {"mean": torch.tensor(0.3),
+                                                 "std": torch.tensor(0.4)})
+    x = sample.test_images[:8]
+    expected = bare.eval()((x - 0.3) / 0.4)
+    assert torch.allclose(wrapped.eval()(x), expected, atol=1e-5)
+    assert {"mean", "std"} <= set(wrapped.state_dict())
+
+
+def test_pretrained_judge_is_accurate_small_and_batch_independent(judge, sample):
+    model, meta = judge
+    assert classifier.PRETRAINED.stat().st_size <= 6_000_000
+    assert meta["source"] == "full" and meta["seed"] == 0
+    assert model.mean.item() == pytest.approx(0.2860, abs=1e-3)
+    assert model.std.item() == pytest.approx(0.3530, abs=1e-3)
+    assert classifier.accuracy(model, sample.test_images, sample.test_labels) >= 0.93
+    x = sample.test_images[:20]
+    with torch.no_grad():
+        assert torch.allclose(model(x)[:1], model(x[:1]), atol=1e-3)
+        assert model.features(x).shape == (20, 256)
+
+
+def test_augmentation_keeps_shape_range_and_varies(sample):
+    x = sample.train_images[:64]
+    a = classifier.augment(x, torch.Generator().manual_seed(0))
+    assert a.shape == x.shape and 0 <= a.min() and a.max() <= 1
+    b = classifier.augment(x, torch.Generator().manual_seed(1))
+    assert not torch.equal(a, x) and not torch.equal(a, b)
+    same = [torch.equal(a[i], x[i]) for i in range(64)]
+    assert sum(same) < 10
+
+
+def test_interrupted_classifier_goes_on_to_the_same_weights(tiny, tmp_path, capsys, monkeypatch):
+    def run(path, stop_after=None):
+        torch.manual_seed(0)
+        model = classifier.FashionResNet18(0.28, 0.35)
+        parser = data.Parser("")
+        args = parser.parse_args([])
+        args.epochs, args.batch_size, args.lr, args.seed = 2, 100, 0.05, 0
+        real, saves = classifier.save_checkpoint, []
+
+        def save(*a, **k):
+            saves.append(real(*a, **k))
+            if len(saves) == stop_after:
+                raise KeyboardInterrupt
+        with monkeypatch.context() as patch:
+            patch.setattr(classifier, "save_checkpoint", save)
+            classifier.train(model, tiny, args, torch.device("cpu"), path, {"x": 1})
+        return model
+    whole = run(tmp_path / "a.pt")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "b.pt", stop_after=1)
+    resumed = run(tmp_path / "b.pt")
+    for p, q in zip(whole.state_dict().values(), resumed.state_dict().values()):
+        assert torch.equal(p, q)
+
+
+# ---------------------------------------------------------------- the protocol
+
+
+def features(n, mean, cov, seed):
+    return torch.from_numpy(np.random.RandomState(seed).multivariate_normal(mean, cov, n))
+
+
+def test_fid_of_identical_sets_is_0_and_of_a_shift_its_square():
+    a = features(500, np.zeros(6), np.diag([1, 2, 3, 4, 5, 6]), 0)
+    assert evaluate.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+    shift = torch.tensor([3.0, 0, 0, 4.0, 0, 0])
+    assert evaluate.frechet_distance(a, a + shift) == pytest.approx(25)
+
+
+def test_fid_of_scaled_axes_is_the_diagonal_closed_form():
+    a = features(500, np.zeros(4), np.eye(4), 0)
+    a = (a - a.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(a.T.cov())).T  # exactly cov = I
+    sigma = torch.tensor([1.0, 2.0, 0.5, 3.0]).double()
+    expected = ((1 - sigma) ** 2).sum().item()
+    assert evaluate.frechet_distance(a, a * sigma) == pytest.approx(expected)
+
+
+def test_fid_agrees_with_the_eigenvalues_of_the_product_and_is_symmetric():
+    rng = np.random.RandomState(1)
+    a = features(400, rng.randn(8), np.cov(rng.randn(8, 50)), 2).float()
+    b = features(300, rng.randn(8), np.cov(rng.randn(8, 50)), 3).float()
+    m1, m2, s1, s2 = a.double().mean(0), b.double().mean(0), np.cov(a.T), np.cov(b.T)
+    product = np.sqrt(np.linalg.eigvals(s1 @ s2).real.clip(0)).sum()  # not symmetric: eigvals
+    expected = ((m1 - m2) ** 2).sum().item() + np.trace(s1) + np.trace(s2) - 2 * product
+    assert evaluate.frechet_distance(a, b) == pytest.approx(expected, rel=1e-5)
+    assert evaluate.frechet_distance(b, a) == pytest.approx(expected, rel=1e-5)
+    rotation = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(0)))[0]
+    assert evaluate.frechet_distance(a @ rotation, b @ rotation) == pytest.approx(expected, 1e-3)
+
+
+def test_fid_survives_features_that_are_always_zero():
+    a, b = torch.randn(50, 5).relu(), torch.randn(50, 5).relu()
+    a[:, 0] = b[:, 0] = 0
+    assert 0 <= evaluate.frechet_distance(a, b) < 1
+
+
+def test_fid_refuses_fewer_images_than_features():
+    with pytest.raises(ValueError, match=r"\(5, 8\).*at least 9"):
+        evaluate.frechet_distance(torch.randn(5, 8), torch.randn(50, 8))
+
+
+@pytest.mark.parametrize("images", [torch.full((2, 1, 28, 28), math.nan), torch.zeros(2, 784),
+                                    torch.full((2, 1, 28, 28), -0.4), 2 * torch.ones(2, 1, 28, 28)])
+def test_judge_refuses_what_is_not_a_raw_image(images):
+    with pytest.raises(ValueError, match="images"):
+        evaluate.look(classifier.FashionResNet18(), images)
+
+
+def test_controllability_is_a_share_in_all_and_by_class():
+    asked = torch.arange(20) % 10
+    judged = torch.where(asked == 3, 4, asked)
+    share, by_class = evaluate.controllability(judged, asked)
+    assert share == pytest.approx(0.9)
+    assert by_class == [1, 1, 1, 0, 1, 1, 1, 1, 1, 1]
+    with pytest.raises(ValueError, match="0 to 9"):
+        evaluate.controllability(judged, asked + 1)
+
+
+def test_prior_draws_are_normal_decoded_and_reconstructions_follow_their_image():
+    class Echo(torch.nn.Module):  # logits that show z
+        latent_dim = 1
+
+        def decode(self, z):
+            return z.view(-1, 1, 1, 1).expand(-1, 1, 28, 28)
+
+        def forward(self, x):
+            return x * 10 - 5, None, None
+    torch.manual_seed(0)
+    z = evaluate.draw(Echo(), 5500, torch.device("cpu"))[:, 0, 0, 0].logit()
+    assert len(z) == 5500 and abs(z.mean()) < 0.05 and abs(z.std() - 1) < 0.05
+    x = torch.rand(2300, 1, 28, 28)
+    again = evaluate.reconstruct(Echo(), x, torch.device("cpu"))
+    assert torch.allclose(again, (x * 10 - 5).sigmoid())
+
+
+def test_seeds_are_averaged_with_n_minus_1():
+    rows = [{"model": "m", "latent_dim": 2, "params": 5, "kl": k, "fid_gmm": None,
+             "by": [k, 2 * k]} for k in (1.0, 2.0, 6.0)]
+    row = evaluate.average(rows)
+    assert row["kl"] == {"mean": 3.0, "std": pytest.approx(np.std([1, 2, 6], ddof=1)), "n": 3}
+    assert row["fid_gmm"] is None and row["by"][1]["mean"] == 6 and row["params"] == 5
+    assert evaluate.average(rows[:1]) == rows[0]
+
+
+# ---------------------------------------------------------------- the house
+
+
+@pytest.mark.parametrize("name", ["elbo_terms", "plot_curves"])
+def test_what_is_the_same_in_the_four_scripts_is_word_for_word_the_same(name):
+    texts = {inspect.getsource(getattr(module, name)) for module in MODELS}
+    assert len(texts) == 1
+
+
+def test_reparameterize_and_test_are_word_for_word_the_same():
+    assert len({inspect.getsource(c.reparameterize) for c in MODELS.values()}) == 1
+    assert len({inspect.getsource(m.test) for m in (vae, conv_vae, beta_vae)}) == 1
+    assert inspect.getsource(beta_vae.BetaVAE).replace("Beta", "").replace("10", "20") == \
+        inspect.getsource(vae.VAE).replace("10", "20")
+
+
+@each_model
+def test_model_and_loss_work_pasted_alone_into_a_notebook(module, sample):
+    helpers = [getattr(module, name) for name in ("Residual", "Modulate") if hasattr(module, name)]
+    names = {"torch": torch}
+    for thing in (*helpers, MODELS[module], module.elbo_terms):
+        exec(inspect.getsource(thing), names)
+    x, y = sample.test_images[:4], given(module, sample.test_labels[:4])
+    logits, mu, logvar = names[MODELS[module].__name__]()(x, *y)
+    assert names["elbo_terms"](logits, x, mu, logvar)[0].shape == (4,)
+
+
+def test_scripts_stay_short_and_narrow():
+    for name in SCRIPTS:
+        lines = (HERE / f"{name}.py").read_text().splitlines()
+        assert len(lines) <= {"evaluate": 400, "data": 350}.get(name, 300), name
+        assert max(map(len, lines)) <= 100, name
+
+
+# ---------------------------------------------------------------- each script as a process
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+def run(folder, script, *flags):
+    """python <script>.py in the folder, without network or display; its standard output."""
+    environment = os.environ | {"http_proxy": "http://127.0.0.1:9",
+                                "https_proxy": "http://127.0.0.1:9", "PYTHONPATH": ""}
+    environment.pop("DISPLAY", None)
+    done = subprocess.run([sys.executable, f"{script}.py", *flags], cwd=folder, env=environment,
+                          capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("script, figures", [
+    ("data", ("samples", "classes", "pixels")),
+    ("vae", ("reconstructions", "samples", "curves")),
+    ("conv_vae", ("reconstructions", "samples", "curves", "warmup")),
+    ("beta_vae", ("reconstructions", "samples", "curves", "tradeoff", "traversals")),
+    ("cvae", ("reconstructions", "samples", "curves", "styles", "swaps")),
+])
+def test_script_runs_alone_with_data_py_and_the_sample(script, figures, tmp_path, runs):
+    for name in (f"{script}.py", "data.py"):
+        shutil.copy(HERE / name, tmp_path)
+    shutil.copy(HERE / "assets" / data.SAMPLE, tmp_path)
+    flags = () if script == "data" else ("--epochs", "1")
+    text = run(tmp_path, script, "--data", "sample", "--out", str(runs), *flags)
+    assert "entropy floor train 187.5" in text
+    written = [path.name for path in runs.glob(f"{script}*.png")]
+    for figure in figures:
+        assert any(name.endswith(f"-{figure}.png") or name == f"{script}-{figure}.png"
+                   for name in written), (figure, written)
+    if script != "data":
+        assert "sample" in text.splitlines()[1] and re.search(r"test \(sample\)", text)
+        assert not list(runs.glob("*.part"))
+
+
+def test_evaluate_reuses_the_checkpoints_and_its_table_adds_up(tmp_path, runs):
+    for name in SCRIPTS:
+        shutil.copy(HERE / f"{name}.py", tmp_path)
+    shutil.copytree(HERE / "assets", tmp_path / "assets")
+    text = run(tmp_path, "evaluate", "--data", "sample", "--epochs", "1", "--out", str(runs))
+    assert "left" not in text, "trained again although the checkpoints were there"
+    results = json.loads((runs / "results.json").read_text())
+    assert results["data"] == "sample" and results["split"] == "test" and results["seeds"] == [0]
+    sha = hashlib.sha256(classifier.PRETRAINED.read_bytes()).hexdigest()
+    assert results["judge_sha256"] == sha
+    names = [row["model"] for row in results["rows"]]
+    assert names == ["MLP VAE", "Conv VAE", "β-VAE β=0.25", "β-VAE β=1", "β-VAE β=4", "β-VAE β=8",
+                     "CVAE"]
+    for row in results["rows"]:
+        assert row["recon"] + row["kl"] == pytest.approx(row["total"], abs=1e-9)
+        assert row["recon"] - results["floor"] == pytest.approx(row["excess"], abs=1e-9)
+        assert row["fid_prior"] > results["yardsticks"]["fid_sampling_floor"]
+        assert f"{row['total']:.2f}" in text
+        # the table repeats the test that the script itself made and saved, to the last digit
+        beta = row["model"].partition("β=")[2]
+        script = f"beta_vae-beta{beta}" if beta else row["model"].lower().replace(" ", "_")
+        script = script.replace("mlp_", "")
+        path = next(p for p in runs.glob(f"{script}-sample-*.pt"))
+        assert data.read_checkpoint(path)["metrics"]["total"] == row["total"]
+    last = results["rows"][-1]
+    assert last["total_plus_log10"] == pytest.approx(last["total"] + math.log(10))
+    assert f"+ log 10 = {last['total_plus_log10']:.2f}" in text
+    table = text[text.index("model "):].split("\n\n")[0].splitlines()
+    assert len(table) == 8 and max(map(len, table)) <= 100
+
+
+def test_evaluate_refuses_a_checkpoint_of_another_study(tmp_path, runs, capsys):
+    path = next(runs.glob("vae-sample-*.pt"))
+    meta = data.read_checkpoint(path)
+    meta["config"]["epochs"] = 7
+    data.save_checkpoint(tmp_path / path.name, **meta)
+    before = (tmp_path / path.name).read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(["--data", "sample", "--epochs", "1", "--out", str(tmp_path)])
+    assert stop.value.code == 2 and path.name in capsys.readouterr().err
+    assert (tmp_path / path.name).read_bytes() == before
+
+
+def test_classifier_trains_and_measures_the_reloaded_file(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(classifier, "load", lambda source: tiny)
+    path, = classifier.main(["--epochs", "1", "--out", str(tmp_path)])
+    model, meta = classifier.load_model(path)
+    expected = classifier.accuracy(model, tiny.test_images, tiny.test_labels)
+    assert f"test accuracy {expected:.2%}" in capsys.readouterr().out
+    assert path.with_suffix(".png").exists()
+    assert meta["state_dict"]["head.weight"].dtype == torch.float16
+    assert not list(tmp_path.glob("*resume*"))
+
+
+def test_readme_shows_the_recorded_table():
+    recorded = (HERE / "results" / "results.md").read_text()
+    table = [line for line in recorded.splitlines() if line.startswith("|")]
+    assert len(table) == 9
+    assert "\n".join(table) in (HERE / "README.md").read_text()
+    results = json.loads((HERE / "results" / "results.json").read_text())
+    assert results["data"] == "full" and results["split"] == "test"
+    assert "\n".join(table) == "\n".join(evaluate.table_lines(results["rows"], " | "))
+    totals = {row["model"]: row["total"] for row in results["rows"]}
+    assert totals["Conv VAE"] < totals["MLP VAE"]
