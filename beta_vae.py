@@ -14,7 +14,7 @@ different betas are different objectives and compare with nothing.
 
 @RESULT@
 Try: --betas 0 (an autoencoder: look at its prior samples) and --betas 30 (posterior collapse).
-Left out on purpose: disentanglement scores, and the capacity schedule of Burgess et al. 2018.
+Left out on purpose: disentanglement scores, the capacity schedule of Burgess et al. 2018.
 """
 import time
 from pathlib import Path
@@ -22,8 +22,9 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from data import (CLASSES, Parser, UserError, announce, command, image_grid, load, load_weights,
-                  pick_device, read_checkpoint, run_path, save_checkpoint, save_figure)
+from data import (CLASSES, Parser, UserError, announce, command, describe, image_grid, load,
+                  load_weights, pick_device, read_checkpoint, run_path, save_checkpoint,
+                  save_figure)
 
 # ---------------------------------------------------------------- the model
 
@@ -113,10 +114,8 @@ def train(model, data, epochs, batch_size, lr, device, beta):
         seconds = time.time() - start
         history.append({"recon": recon, "kl": kl, "val_recon": val["recon"], "val_kl": val["kl"]})
         print(f"epoch {epoch:3}/{epochs}  "
-              f"train: recon {recon:.2f} (+{recon - data.floor['train']:.2f}) KL {kl:.2f} "
-              f"total {recon + kl:.2f}  "
-              f"val: recon {val['recon']:.2f} (+{val['recon'] - data.floor['val']:.2f}) "
-              f"KL {val['kl']:.2f} total {val['total']:.2f}  "
+              f"{describe('train', recon, kl, data.floor)}  "
+              f"{describe('val', val['recon'], val['kl'], data.floor)}  "
               f"{seconds:.0f} s, {seconds / epoch * (epochs - epoch):.0f} s left", flush=True)
     return history
 
@@ -150,16 +149,13 @@ def dimension_kl(mu, logvar):
 
 
 def active_units(mu):
-    """How many dimensions depend on x: Var_x(mu_d) > 0.01 (Burda et al. 2016, section 5.2)."""
+    """How many dimensions depend on x: Var_x(mu_d) > 0.01 (Burda et al. 2016, arXiv:1509.00519)."""
     return int((mu.var(0) > 0.01).sum())
 
 
 def linear_probe(mu, labels, test_mu, test_labels, ridge=1e-3):
-    """Accuracy of a linear classifier on mu: least squares to one-hot labels, in closed form.
-
-    W = (A^T A + ridge * N * I)^-1 A^T Y with A = [mu, 1]: what is *linearly* readable from z.
-    """
-    a = torch.nn.functional.pad(mu, (0, 1), value=1.0).double()             # (N, latent_dim + 1)
+    """Accuracy of a linear classifier on mu, in closed form: W = (A^T A + ridge N I)^-1 A^T Y."""
+    a = torch.nn.functional.pad(mu, (0, 1), value=1.0).double()             # [mu, 1]
     y = torch.nn.functional.one_hot(labels, len(CLASSES)).double()          # (N, 10)
     gram = a.T @ a + ridge * len(a) * torch.eye(a.shape[1], dtype=torch.float64)
     w = torch.linalg.solve(gram, a.T @ y)
@@ -185,29 +181,27 @@ def plot_traversals(model, image, kl, beta, path, device):
 
 
 @torch.no_grad()
-def pictures(models, data, out, name, device):
+def pictures(models, data, path, device):
     """Reconstructions and prior samples, one row a beta: the same images and the same z for all."""
     first = [int((data.test_labels == c).nonzero()[0]) for c in range(len(CLASSES))]
     x = data.test_images[first].to(device)              # one image of each class
     z = torch.randn(10, next(iter(models.values())).latent_dim, device=device)
     rows = [f"beta {beta:g}" for beta in models]
-    recon = [model(x)[0][:, 0].sigmoid() for model in models.values()]
-    image_grid(torch.stack([x[:, 0], *recon]), out / f"{name}-reconstructions.png",
+    recon = torch.stack([x] + [model(x)[0].sigmoid() for model in models.values()])[:, :, 0]
+    image_grid(recon, path.with_name(f"{path.stem}-reconstructions.png"),
                "The dearer the code, the fewer details", ("original", *rows), CLASSES)
-    samples = torch.stack([model.decode(z)[:, 0].sigmoid() for model in models.values()])
-    image_grid(samples, out / f"{name}-samples.png", "Decoded draws from the prior N(0, I)", rows)
+    samples = torch.stack([model.decode(z).sigmoid() for model in models.values()])[:, :, 0]
+    image_grid(samples, path.with_name(f"{path.stem}-samples.png"), "Draws from N(0, I)", rows)
 
 
 def plot_tradeoff(rows, path):
     """The rate-distortion curve: KL against excess recon, and the line of equal total."""
     figure = Figure((6, 4.2), 110, layout="constrained")
-    axes = figure.add_subplot(title="Rate and distortion: a nat of KL buys less and less recon",
-                              xlabel="KL (rate), nats per image",
-                              ylabel="recon above the floor (distortion)")
-    kl, excess = [row["kl"] for row in rows], [row["excess"] for row in rows]
-    axes.plot(kl, excess, "o-")
-    best = min(range(len(rows)), key=lambda i: kl[i] + excess[i])
-    axes.axline((kl[best], excess[best]), slope=-1, ls="--", color="gray", label="equal total")
+    axes = figure.add_subplot(title="Each further nat of KL buys less recon",
+                              xlabel="KL (rate), nats", ylabel="excess recon (distortion), nats")
+    axes.plot([row["kl"] for row in rows], [row["excess"] for row in rows], "o-")
+    best = min(rows, key=lambda row: row["total"])
+    axes.axline((best["kl"], best["excess"]), slope=-1, ls="--", c="gray", label="equal total")
     for row in rows:
         axes.annotate(f"beta {row['beta']:g}", (row["kl"], row["excess"]), (6, 6),
                       textcoords="offset points")
@@ -215,17 +209,15 @@ def plot_tradeoff(rows, path):
     save_figure(figure, path)
 
 
-def plot_curves(history, floor, path):
+def plot_curves(history, path):
     """Recon and KL against epochs, train and validation."""
     figure = Figure(figsize=(9, 3.5), dpi=110, layout="constrained")
     epochs = range(1, len(history) + 1)
-    titles = {"recon": "recon falls towards its floor", "kl": "KL, the length of the code, settles"}
+    titles = {"recon": "recon: what z does not tell", "kl": "KL: what z tells"}
     for i, (name, title) in enumerate(titles.items(), 1):
         axes = figure.add_subplot(1, 2, i, title=title, xlabel="epoch", ylabel="nats per image")
         axes.plot(epochs, [h[name] for h in history], "o-", ms=3, label=f"train {name}")
         axes.plot(epochs, [h[f"val_{name}"] for h in history], "s--", ms=3, label=f"val {name}")
-        if name == "recon":
-            axes.axhline(floor, color="gray", lw=1, label="entropy floor (val)")
         axes.legend()
     save_figure(figure, path)
 
@@ -255,7 +247,7 @@ def train_one(beta, args, data, device, path, config):
     metrics["probe"] = linear_probe(train_mu, data.train_labels, mu, data.test_labels)
     save_checkpoint(path, script="beta_vae", config=config, source=data.source,
                     seed=args.seed, metrics=metrics, state_dict=model.state_dict())
-    plot_curves(history, data.floor["val"], path.with_name(f"{path.stem}-curves.png"))
+    plot_curves(history, path.with_name(f"{path.stem}-curves.png"))
 
 
 @command
@@ -272,32 +264,29 @@ def main(argv=None):
     parser.add_argument("--reuse", action="store_true", help="do not train again what is there")
     args = parser.parse_args(argv)
 
-    args.betas = sorted(args.betas)
-    if len(set(args.betas)) < len(args.betas):
-        raise UserError(f"--betas {args.betas} names one twice: each is trained once")
+    if sorted(set(args.betas)) != args.betas:
+        raise UserError(f"--betas {args.betas}: name each once, in rising order")
     device = pick_device(args.device)
     data = load(args.data)
     announce(args, device, data, BetaVAE(args.latent_dim))
+    sweep, config = run_path(parser, args, "beta_vae", data.source,
+                             "epochs", "batch_size", "lr", "latent_dim")
     models, rows, paths = {}, [], []
     for beta in args.betas:
         print(f"beta = {beta:g}")
-        path, config = run_path(parser, args, f"beta_vae-beta{beta:g}", data.source,
-                                "epochs", "batch_size", "lr", "latent_dim")
-        config["beta"] = beta
+        path = sweep.with_name(sweep.name.replace("beta_vae", f"beta_vae-beta{beta:g}"))
         if not (args.reuse and path.exists()):
-            train_one(beta, args, data, device, path, config)
-        read_checkpoint(path, config=config, source=data.source, seed=args.seed)
+            train_one(beta, args, data, device, path, config | {"beta": beta})
+        read_checkpoint(path, config=config | {"beta": beta}, source=data.source, seed=args.seed)
         models[beta], meta = load_model(path, device)
         rows.append(meta["metrics"] | {"beta": beta})
         paths.append(path)
         kl = dimension_kl(*posterior(models[beta], data.test_images))
         plot_traversals(models[beta], data.test_images[:1], kl, beta,
                         path.with_name(f"{path.stem}-traversals.png"), device)
-    name = f"beta_vae-{data.source}-seed{args.seed}"
-    pictures(models, data, args.out, name, device)
-    plot_tradeoff(rows, args.out / f"{name}-tradeoff.png")
-    print(f"test ({data.source}), all at beta = 1, in nats per image; active: of {args.latent_dim}"
-          " dimensions; probe: accuracy of a linear classifier on mu")
+    pictures(models, data, sweep, device)
+    plot_tradeoff(rows, sweep.with_name(f"{sweep.stem}-tradeoff.png"))
+    print(f"test ({data.source}), at beta = 1, nats per image; probe: linear classifier on mu")
     print("  beta   recon  excess     KL   total  active  probe")
     for r in rows:
         print(f"{r['beta']:6g}  {r['recon']:.2f}  {r['excess']:6.2f}  {r['kl']:5.2f}  "

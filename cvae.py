@@ -23,9 +23,9 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from data import (CLASSES, Parser, UserError, announce, command, fast_bfloat16, image_grid, load,
-                  load_weights, pick_device, read_checkpoint, run_path, save_checkpoint,
-                  save_figure)
+from data import (CLASSES, Parser, UserError, announce, command, describe, fast_bfloat16,
+                  image_grid, load, load_weights, pick_device, read_checkpoint, run_path,
+                  save_checkpoint, save_figure)
 
 # ---------------------------------------------------------------- the model
 
@@ -156,10 +156,8 @@ def train(model, data, epochs, batch_size, lr, device):
         seconds = time.time() - start
         history.append({"recon": recon, "kl": kl, "val_recon": val["recon"], "val_kl": val["kl"]})
         print(f"epoch {epoch:3}/{epochs}  "
-              f"train: recon {recon:.2f} (+{recon - data.floor['train']:.2f}) KL {kl:.2f} "
-              f"total {recon + kl:.2f}  "
-              f"val: recon {val['recon']:.2f} (+{val['recon'] - data.floor['val']:.2f}) "
-              f"KL {val['kl']:.2f} total {val['total']:.2f}  "
+              f"{describe('train', recon, kl, data.floor)}  "
+              f"{describe('val', val['recon'], val['kl'], data.floor)}  "
               f"{seconds:.0f} s, {seconds / epoch * (epochs - epoch):.0f} s left", flush=True)
     return history
 
@@ -203,20 +201,18 @@ def pictures(model, data, history, path, device):
     image_grid(torch.cat([x, swapped.view(10, 10, 28, 28)], dim=1),
                path.with_name(f"{path.stem}-swaps.png"),
                "Left a real image, then its style in every class", CLASSES, ("real", *CLASSES))
-    plot_curves(history, data.floor["val"], path.with_name(f"{path.stem}-curves.png"))
+    plot_curves(history, path.with_name(f"{path.stem}-curves.png"))
 
 
-def plot_curves(history, floor, path):
+def plot_curves(history, path):
     """Recon and KL against epochs, train and validation."""
     figure = Figure(figsize=(9, 3.5), dpi=110, layout="constrained")
     epochs = range(1, len(history) + 1)
-    titles = {"recon": "recon falls towards its floor", "kl": "KL, the length of the code, settles"}
+    titles = {"recon": "recon: what z does not tell", "kl": "KL: what z tells"}
     for i, (name, title) in enumerate(titles.items(), 1):
         axes = figure.add_subplot(1, 2, i, title=title, xlabel="epoch", ylabel="nats per image")
         axes.plot(epochs, [h[name] for h in history], "o-", ms=3, label=f"train {name}")
         axes.plot(epochs, [h[f"val_{name}"] for h in history], "s--", ms=3, label=f"val {name}")
-        if name == "recon":
-            axes.axhline(floor, color="gray", lw=1, label="entropy floor (val)")
         axes.legend()
     save_figure(figure, path)
 
@@ -262,9 +258,8 @@ def main(argv=None):
     save_checkpoint(path, script="cvae", config=config, source=data.source, seed=args.seed,
                     metrics=metrics, state_dict=model.state_dict())
     pictures(model, data, history, path, device)
-    print(f"test ({data.source})  recon {metrics['recon']:.2f}"
-          f" (+{metrics['recon'] - data.floor['test']:.2f})  KL {metrics['kl']:.2f}"
-          f"  total {metrics['total']:.2f} nats per image  {metrics['seconds']:.0f} s  -> {path}")
+    print(f"{describe('test', metrics['recon'], metrics['kl'], data.floor)} nats per image"
+          f" ({data.source}), {metrics['seconds']:.0f} s -> {path}")
     print(f"beside a VAE: total + log 10 = {metrics['total'] + math.log(10):.2f}, since"
           " -log p(x) <= -log p(x | y) + log 10")
     return [path]

@@ -192,7 +192,7 @@ class Parser(argparse.ArgumentParser):
                          formatter_class=argparse.RawDescriptionHelpFormatter)
         self.add_argument("--data", choices=("auto", "full", "sample"), default="auto",
                           help="all images, the embedded sample, or all if they can be had (auto)")
-        self.add_argument("--out", type=Path, default=Path("runs"), help="folder to write to (runs)")
+        self.add_argument("--out", type=Path, default=Path("runs"), help="folder for output (runs)")
 
     def number(self, flag, kind, low, high, default, text, **more):
         """A flag for an int or a float from low to high."""
@@ -284,6 +284,12 @@ def announce(args, device, data, model=None):
     print(f"parameters {size:,}; entropy floor {floors} nats per image", flush=True)
 
 
+def describe(split, recon, kl, floor):
+    """One line of figures, the same in every script; (+) is recon above the entropy floor."""
+    return (f"{split}: recon {recon:.2f} (+{recon - floor[split]:.2f}) KL {kl:.2f}"
+            f" total {recon + kl:.2f}")
+
+
 def save_figure(figure, path):
     """Write a matplotlib figure as PNG and say so."""
     print(f"wrote {write_atomically(path, lambda file: figure.savefig(file, format='png'))}")
@@ -296,7 +302,7 @@ def image_grid(images, path, title="", rows=(), columns=()):
     canvas = canvas.transpose(1, 2).reshape(height * 30, width * 30)
     figure = Figure((0.6 * width + 1.2 * bool(rows), 0.6 * height + 0.6), 110, layout="constrained")
     axes = figure.add_subplot(title=title)
-    axes.imshow(canvas, cmap="gray", vmin=0, vmax=1)
+    axes.imshow(canvas.numpy(), cmap="gray", vmin=0, vmax=1)
     axes.set_yticks([30 * i + 15 for i in range(len(rows))], rows)
     axes.set_xticks([30 * i + 15 for i in range(len(columns))], columns, fontsize=7)
     axes.tick_params(length=0)

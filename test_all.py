@@ -239,10 +239,12 @@ def test_a_wrong_file_is_named_and_never_replaced_by_the_sample(small_files, mon
 @pytest.mark.parametrize("module, flags", [
     (vae, ["--epochs", "0"]), (vae, ["--epochs", "-3"]), (vae, ["--epochs", "many"]),
     (conv_vae, ["--batch-size", "0"]), (cvae, ["--latent-dim", "0"]), (vae, ["--lr", "nan"]),
-    (cvae, ["--latent-dim", "-1"]), (beta_vae, ["--betas", "-1"]), (beta_vae, ["--betas", "1", "1"]),
+    (cvae, ["--latent-dim", "-1"]), (beta_vae, ["--betas", "-1"]),
+    (beta_vae, ["--betas", "1", "1"]),
     (vae, ["--lr", "inf"]), (vae, ["--data", "mnist"]), (vae, ["--device", "abacus"]),
     (evaluate, ["--split", "train"]), (evaluate, ["--seeds", "1", "1"]), (vae, ["--seed", "-1"]),
-    (classifier, ["--batch-size", "1"]), (data, ["--nonsense"]), (conv_vae, ["--warmup-epochs", "-1"]),
+    (classifier, ["--batch-size", "1"]), (data, ["--nonsense"]),
+    (conv_vae, ["--warmup-epochs", "-1"]),
     (data, ["--data", "sample", "--out", __file__]), (vae, ["--data", "sample", "--out", __file__]),
 ], ids=lambda v: " ".join(v) if isinstance(v, list) else v.__name__)
 def test_a_bad_flag_is_one_line_and_exit_code_2(module, flags, capsys):
@@ -732,7 +734,7 @@ def test_script_runs_alone_with_data_py_and_the_sample(script, figures, tmp_path
         assert any(name.endswith(f"-{figure}.png") or name == f"{script}-{figure}.png"
                    for name in written), (figure, written)
     if script != "data":
-        assert "sample" in text.splitlines()[1] and re.search(r"test \(sample\)", text)
+        assert "sample" in text.splitlines()[1] and re.search(r"test: recon|test \(sample\)", text)
         assert not list(runs.glob("*.part"))
 
 
@@ -747,8 +749,8 @@ def test_evaluate_reuses_the_checkpoints_and_its_table_adds_up(tmp_path, runs):
     sha = hashlib.sha256(classifier.PRETRAINED.read_bytes()).hexdigest()
     assert results["judge_sha256"] == sha
     names = [row["model"] for row in results["rows"]]
-    assert names == ["MLP VAE", "Conv VAE", "β-VAE β=0.25", "β-VAE β=1", "β-VAE β=4", "β-VAE β=8",
-                     "CVAE"]
+    sweep = [f"β-VAE β={beta}" for beta in ("0.25", "1", "4", "8")]
+    assert names == ["MLP VAE", "Conv VAE", *sweep, "CVAE"]
     for row in results["rows"]:
         assert row["recon"] + row["kl"] == pytest.approx(row["total"], abs=1e-9)
         assert row["recon"] - results["floor"] == pytest.approx(row["excess"], abs=1e-9)
