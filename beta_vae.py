@@ -4,17 +4,17 @@ One number is put before the KL (Higgins et al. 2017, ICLR, eq. 4):
 
     loss  =  recon  +  beta * KL
 
-beta < 1 makes the code cheap: sharper reconstructions, a longer code. beta > 1 makes it dear: the
-model keeps only what pays, switches latent dimensions off, and blurs. Every beta is one point on
-the rate-distortion curve of the same network (Alemi et al. 2018, arXiv:1711.00464): rate = KL,
-distortion = recon. All runs are *reported* at beta = 1, recon + KL: beta-weighted totals of
-different betas are different objectives and compare with nothing.
+beta < 1 makes every nat that z carries cheap: sharper reconstructions, more KL. beta > 1 makes it
+expensive: only what pays is kept, latent dimensions are switched off, images blur. Every beta is
+one point on the rate-distortion curve of the same network (Alemi et al. 2018, arXiv:1711.00464):
+rate = KL, distortion = recon. All runs are *reported* at beta = 1, recon + KL: beta-weighted totals
+are different objectives and compare with nothing.
 
     python beta_vae.py                 # trains beta = 0.25, 1, 4, 8, one after the other
 
 @RESULT@
 Try: --betas 0 (an autoencoder: look at its prior samples) and --betas 30 (posterior collapse).
-Left out on purpose: disentanglement scores, the capacity schedule of Burgess et al. 2018.
+Left out: disentanglement scores, the capacity schedule of Burgess et al. 2018.
 """
 import time
 from pathlib import Path
@@ -71,9 +71,10 @@ class BetaVAE(torch.nn.Module):
 
 
 def elbo_terms(logits, x, mu, logvar):
-    """The two parts of the negative ELBO, each (B,), in nats per image (Kingma & Welling, eq. 10).
+    """The two parts of the negative ELBO, each (B,), in nats per image.
 
-    Sums, never means, over pixels and latents: only so do the two terms have the same unit.
+    Kingma & Welling, eq. 10, with the signs turned (they maximise). Sums, never means, over pixels
+    and latents: only so do the two terms have the same unit.
     """
     # recon = -log p(x | z) = -sum_i [ x_i log p_i + (1 - x_i) log(1 - p_i) ],  p = sigmoid(logits)
     recon = torch.nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="none")
@@ -87,7 +88,8 @@ def elbo_terms(logits, x, mu, logvar):
 
 
 def train(model, data, epochs, batch_size, lr, device, beta):
-    """Adam with a OneCycle learning rate (up to `lr`, then to zero); returns one dict an epoch."""
+    """Adam and OneCycle: the learning rate rises to `lr` for 30 % of the steps, then falls to 0
+    (and Adam's beta1 goes from 0.95 to 0.85 and back). Returns one dict an epoch."""
     x_train = data.train_images.to(device)
     x_val = data.val_images.to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr)
@@ -101,7 +103,7 @@ def train(model, data, epochs, batch_size, lr, device, beta):
             x = x_train[batch.to(device)]               # (B, 1, 28, 28)
             logits, mu, logvar = model(x)
             recon, kl = elbo_terms(logits, x, mu, logvar)
-            loss = (recon + beta * kl).mean()             # the only line that differs from vae.py
+            loss = (recon + beta * kl).mean()             # the one change in the loop
             if not torch.isfinite(loss):
                 raise UserError(f"loss is {loss.item()} in epoch {epoch}, step {step}: lower --lr")
             optimizer.zero_grad()
@@ -189,7 +191,7 @@ def pictures(models, data, path, device):
     rows = [f"beta {beta:g}" for beta in models]
     recon = torch.stack([x] + [model(x)[0].sigmoid() for model in models.values()])[:, :, 0]
     image_grid(recon, path.with_name(f"{path.stem}-reconstructions.png"),
-               "The dearer the code, the fewer details", ("original", *rows), CLASSES)
+               "Reconstructions: what is lost first?", ("original", *rows), CLASSES)
     samples = torch.stack([model.decode(z).sigmoid() for model in models.values()])[:, :, 0]
     image_grid(samples, path.with_name(f"{path.stem}-samples.png"), "Draws from N(0, I)", rows)
 
@@ -197,7 +199,7 @@ def pictures(models, data, path, device):
 def plot_tradeoff(rows, path):
     """The rate-distortion curve: KL against excess recon, and the line of equal total."""
     figure = Figure((6, 4.2), 110, layout="constrained")
-    axes = figure.add_subplot(title="Each further nat of KL buys less recon",
+    axes = figure.add_subplot(title="What does a nat of KL buy?",
                               xlabel="KL (rate), nats", ylabel="excess recon (distortion), nats")
     axes.plot([row["kl"] for row in rows], [row["excess"] for row in rows], "o-")
     best = min(rows, key=lambda row: row["total"])
@@ -245,8 +247,8 @@ def train_one(beta, args, data, device, path, config):
     metrics["active_units"] = active_units(mu)
     train_mu, _ = posterior(model, data.train_images)
     metrics["probe"] = linear_probe(train_mu, data.train_labels, mu, data.test_labels)
-    save_checkpoint(path, script="beta_vae", config=config, source=data.source,
-                    seed=args.seed, metrics=metrics, state_dict=model.state_dict())
+    save_checkpoint(path, script="beta_vae", config=config, source=data.source, seed=args.seed,
+                    device=str(device), metrics=metrics, state_dict=model.state_dict())
     plot_curves(history, path.with_name(f"{path.stem}-curves.png"))
 
 
@@ -269,12 +271,13 @@ def main(argv=None):
     device = pick_device(args.device)
     data = load(args.data)
     announce(args, device, data, BetaVAE(args.latent_dim))
-    sweep, config = run_path(parser, args, "beta_vae", data.source,
-                             "epochs", "batch_size", "lr", "latent_dim")
+    flags = "epochs", "batch_size", "lr", "latent_dim"
+    base, config = run_path(parser, args, "beta_vae", data.source, *flags)
+    sweep, _ = run_path(parser, args, "beta_vae", data.source, *flags, "betas")
     models, rows, paths = {}, [], []
     for beta in args.betas:
         print(f"beta = {beta:g}")
-        path = sweep.with_name(sweep.name.replace("beta_vae", f"beta_vae-beta{beta:g}"))
+        path = base.with_name(base.name.replace("beta_vae", f"beta_vae-beta{beta:g}"))
         if not (args.reuse and path.exists()):
             train_one(beta, args, data, device, path, config | {"beta": beta})
         read_checkpoint(path, config=config | {"beta": beta}, source=data.source, seed=args.seed)

@@ -25,8 +25,9 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import nn
 
-from data import (CLASSES, Parser, UserError, announce, command, fast_bfloat16, load, load_weights,
-                  pick_device, read_checkpoint, run_path, save_checkpoint, save_figure)
+from data import (CLASSES, Parser, UserError, announce, command, load, load_weights,
+                  mixed_precision, pick_device, read_checkpoint, run_path, save_checkpoint,
+                  save_figure)
 
 PRETRAINED = Path(__file__).resolve().parent / "assets" / "fashion-resnet18.pt"
 
@@ -121,7 +122,7 @@ def load_model(path, device="cpu"):
 
 def load_pretrained(device="cpu"):
     """(the frozen judge, meta with the "sha256" of its file)."""
-    model, meta = load_model(PRETRAINED, device)
+    model, meta = load_model(PRETRAINED, device)  # missing or damaged? git checkout assets
     meta["sha256"] = hashlib.sha256(PRETRAINED.read_bytes()).hexdigest()
     return model, meta
 
@@ -132,10 +133,10 @@ def train(model, data, args, device, resume_path, config):
     model.to(device, memory_format=torch.channels_last)
     generator = torch.Generator().manual_seed(args.seed)
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, nesterov=True,
-                                weight_decay=5e-4)
+                                weight_decay=5e-4)  # OneCycle moves the momentum: .95, .85, .95
     steps = -(-len(x_train) // args.batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, args.lr, total_steps=args.epochs * steps, pct_start=0.25)
+        optimizer, args.lr, total_steps=max(5, args.epochs * steps), pct_start=0.25)
     state = {"epoch": 0, "best": -1.0, "weights": None, "seconds": 0.0}
     if resume_path.exists():
         saved = read_checkpoint(resume_path, config=config, source=data.source, seed=args.seed)
@@ -154,7 +155,7 @@ def train(model, data, args, device, resume_path, config):
             x, y = augment(x_train[batch], generator), y_train[batch]
             x = x.contiguous(memory_format=torch.channels_last)
             # bfloat16 halves the time where the hardware has it; the weights stay float32
-            with torch.autocast(device.type, torch.bfloat16, enabled=fast_bfloat16(device)):
+            with mixed_precision(device):
                 logits = model(x).float()
             loss = F.cross_entropy(logits, y, label_smoothing=0.1)
             optimizer.zero_grad()
@@ -224,7 +225,7 @@ def main(argv=None):
     judged = predict(model, data.test_images).argmax(1)
     test_accuracy = (judged == data.test_labels).float().mean().item()
     confusion_figure(data.test_labels, judged, path.with_suffix(".png"),
-                     f"Accuracy {test_accuracy:.2%}: most errors are shirts")
+                     f"Test accuracy {test_accuracy:.2%}: what is taken for what?")
     resume_path.unlink(missing_ok=True)
     print(f"test accuracy {test_accuracy:.2%} ({data.source}, reloaded from {path},"
           f" {path.stat().st_size / 1e6:.2f} MB)")

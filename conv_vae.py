@@ -2,7 +2,7 @@
 
 The baseline of section 2 treats an image as 784 unrelated numbers. Convolutions know that
 neighbouring pixels belong together, and a residual block (He et al. 2016, arXiv:1603.05027) lets
-the 7 x 7 stage think once more. z grows from 20 to 32; what it does not need, the KL switches off.
+the 7 x 7 stage look twice. z grows from 20 to 32: the KL switches off what does not pay for itself.
 The KL is also warmed up (Bowman et al. 2016, arXiv:1511.06349, section 3.1; Sonderby et al. 2016,
 arXiv:1602.02282): its weight w grows from 0 to 1,
 
@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from data import (CLASSES, Parser, UserError, announce, command, describe, fast_bfloat16,
-                  image_grid, load, load_weights, pick_device, read_checkpoint, run_path,
+from data import (CLASSES, Parser, UserError, announce, command, describe, image_grid, load,
+                  load_weights, mixed_precision, pick_device, read_checkpoint, run_path,
                   save_checkpoint, save_figure)
 
 # ---------------------------------------------------------------- the model
@@ -92,9 +92,10 @@ class ConvVAE(torch.nn.Module):
 
 
 def elbo_terms(logits, x, mu, logvar):
-    """The two parts of the negative ELBO, each (B,), in nats per image (Kingma & Welling, eq. 10).
+    """The two parts of the negative ELBO, each (B,), in nats per image.
 
-    Sums, never means, over pixels and latents: only so do the two terms have the same unit.
+    Kingma & Welling, eq. 10, with the signs turned (they maximise). Sums, never means, over pixels
+    and latents: only so do the two terms have the same unit.
     """
     # recon = -log p(x | z) = -sum_i [ x_i log p_i + (1 - x_i) log(1 - p_i) ],  p = sigmoid(logits)
     recon = torch.nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="none")
@@ -113,23 +114,24 @@ def kl_weight(step, warmup_steps):
 
 
 def train(model, data, epochs, batch_size, lr, device, warmup_epochs):
-    """Adam with a OneCycle learning rate (up to `lr`, then to zero); returns one dict an epoch."""
+    """Adam and OneCycle: the learning rate rises to `lr` for 30 % of the steps, then falls to 0
+    (and Adam's beta1 goes from 0.95 to 0.85 and back). Returns one dict an epoch."""
     x_train = data.train_images.to(device)
     x_val = data.val_images.to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr)
     steps = -(-len(x_train) // batch_size)              # rounded up: the last batch is smaller
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * steps)
     warmup_steps = round(warmup_epochs * steps)
-    taken, history, start = 0, [], time.time()
+    steps_taken, history, start = 0, [], time.time()
     for epoch in range(1, epochs + 1):
         model.train()
         sums, weights = torch.zeros(2), []              # recon and KL of the whole epoch
         for step, batch in enumerate(torch.randperm(len(x_train)).split(batch_size), 1):
             x = x_train[batch.to(device)]               # (B, 1, 28, 28)
-            with torch.autocast(device.type, torch.bfloat16, enabled=fast_bfloat16(device)):
+            with mixed_precision(device):
                 logits, mu, logvar = model(x)
             recon, kl = elbo_terms(logits.float(), x, mu.float(), logvar.float())
-            weights.append(kl_weight(taken, warmup_steps))
+            weights.append(kl_weight(steps_taken, warmup_steps))
             loss = (recon + weights[-1] * kl).mean()
             if not torch.isfinite(loss):
                 raise UserError(f"loss is {loss.item()} in epoch {epoch}, step {step}: lower --lr")
@@ -137,7 +139,7 @@ def train(model, data, epochs, batch_size, lr, device, warmup_epochs):
             loss.backward()
             optimizer.step()
             schedule.step()
-            taken += 1                                  # training steps only, never validation
+            steps_taken += 1                            # training steps only, never validation
             sums += torch.stack([recon.sum(), kl.sum()]).detach().cpu()
         recon, kl = (sums / len(x_train)).tolist()
         val = test(model, x_val)
@@ -176,7 +178,7 @@ def pictures(model, data, history, path, device):
     logits, _, _ = model(x)
     image_grid(torch.stack([x[:, 0], logits[:, 0].sigmoid()]),
                path.with_name(f"{path.stem}-reconstructions.png"),
-               "Test images and their reconstructions", ("original", "z, decoded"), CLASSES)
+               "Test images and their reconstructions", ("original", "decoded z"), CLASSES)
     z = torch.randn(80, model.latent_dim, device=device)
     image_grid(model.decode(z).sigmoid().view(8, 10, 28, 28),
                path.with_name(f"{path.stem}-samples.png"), "Decoded draws from the prior N(0, I)")
@@ -208,9 +210,12 @@ def plot_warmup(history, path):
 @torch.no_grad()
 def beside_baseline(model, metrics, data, path, device):
     """Where section 2 was run before: its reconstructions and its numbers beside these."""
-    baseline = path.with_name(path.name.replace("conv_vae", "vae"))
+    same, default = path.stem.replace("conv_vae", "vae"), "-".join(path.stem.split("-")[:3])
+    baseline = path.with_name(f"{same}.pt")
+    if not baseline.exists():                           # other flags: take the default baseline
+        baseline = path.with_name(f"{default.replace('conv_vae', 'vae')}.pt")
     if not (baseline.exists() and Path(__file__).with_name("vae.py").exists()):
-        return print(f"(no {baseline} to compare with: run vae.py first to get one)")
+        return print(f"(to compare with the baseline, run vae.py first: no {baseline} yet)")
     import vae  # only here: this file also runs without that one
     mlp, meta = vae.load_model(baseline, device)
     x = data.test_images[10:20].to(device)
@@ -230,7 +235,7 @@ def load_model(path, device="cpu"):
     """(trained model in eval mode, meta) from a checkpoint; UserError where it does not fit."""
     meta = read_checkpoint(path, script="conv_vae")
     model = load_weights(ConvVAE(meta["config"]["latent_dim"]), meta, path)
-    return model.to(device), meta
+    return model.to(device, memory_format=torch.channels_last), meta
 
 
 @command
@@ -247,6 +252,8 @@ def main(argv=None):
     parser.add_argument("--reuse", action="store_true", help="do not train again what is there")
     args = parser.parse_args(argv)
 
+    if args.warmup_epochs > args.epochs:
+        raise UserError("--warmup-epochs is more than --epochs: the KL would never weigh in full")
     device = pick_device(args.device)
     data = load(args.data)
     torch.manual_seed(args.seed)
@@ -263,12 +270,12 @@ def main(argv=None):
     torch.manual_seed(args.seed)                        # evaluate.py repeats exactly this test
     metrics = test(model, data.test_images.to(device)) | {"seconds": time.time() - start}
     save_checkpoint(path, script="conv_vae", config=config, source=data.source, seed=args.seed,
-                    metrics=metrics, state_dict=model.state_dict())
+                    device=str(device), metrics=metrics, state_dict=model.state_dict())
     pictures(model, data, history, path, device)
     plot_warmup(history, path.with_name(f"{path.stem}-warmup.png"))
-    beside_baseline(model, metrics, data, path, device)
     print(f"{describe('test', metrics['recon'], metrics['kl'], data.floor)} nats per image"
           f" ({data.source}), {metrics['seconds']:.0f} s -> {path}")
+    beside_baseline(model, metrics, data, path, device)
     return [path]
 
 

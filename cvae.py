@@ -1,7 +1,7 @@
 """Section 5: the conditional VAE: ask for a class, and z is left with the style.
 
 Encoder and decoder are both told the label y (Kingma et al. 2014, arXiv:1406.5298, model M2; Sohn
-et al. 2015, NeurIPS, eq. 4). Everything is a VAE as before, given y:
+et al. 2015, NeurIPS, eq. 4: their x is our y, their prior is learned). A VAE as before, given y:
 
     loss  =  E_q(z | x, y) [ -log p(x | z, y) ]  +  KL( q(z | x, y) || N(0, I) )
 
@@ -13,7 +13,7 @@ The total bounds -log p(x | y), not -log p(x): beside a VAE, add log 10 = 2.30 n
     python cvae.py
 
 @RESULT@
-Try: leave y out of the decoder (z must carry the class again), or out of the encoder.
+Try (with --out try): leave y out of the decoder: z must carry the class again.
 Left out on purpose: a learned prior p(z | y), a classifier term in the loss, guidance.
 """
 import math
@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from data import (CLASSES, Parser, UserError, announce, command, describe, fast_bfloat16,
-                  image_grid, load, load_weights, pick_device, read_checkpoint, run_path,
+from data import (CLASSES, Parser, UserError, announce, command, describe, image_grid, load,
+                  load_weights, mixed_precision, pick_device, read_checkpoint, run_path,
                   save_checkpoint, save_figure)
 
 # ---------------------------------------------------------------- the model
@@ -44,7 +44,8 @@ class Residual(torch.nn.Module):
 
 
 class Modulate(torch.nn.Module):
-    """Scale and shift every channel of h (B, C, H, W) by two numbers that depend on the label."""
+    """Scale and shift every channel of h (B, C, H, W) by two numbers that depend on the label.
+    At scale = shift = 0 it changes nothing."""
 
     def __init__(self, channels):
         super().__init__()
@@ -112,9 +113,10 @@ class CVAE(torch.nn.Module):
 
 
 def elbo_terms(logits, x, mu, logvar):
-    """The two parts of the negative ELBO, each (B,), in nats per image (Kingma & Welling, eq. 10).
+    """The two parts of the negative ELBO, each (B,), in nats per image.
 
-    Sums, never means, over pixels and latents: only so do the two terms have the same unit.
+    Kingma & Welling, eq. 10, with the signs turned (they maximise). Sums, never means, over pixels
+    and latents: only so do the two terms have the same unit.
     """
     # recon = -log p(x | z) = -sum_i [ x_i log p_i + (1 - x_i) log(1 - p_i) ],  p = sigmoid(logits)
     recon = torch.nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="none")
@@ -128,7 +130,8 @@ def elbo_terms(logits, x, mu, logvar):
 
 
 def train(model, data, epochs, batch_size, lr, device):
-    """Adam with a OneCycle learning rate (up to `lr`, then to zero); returns one dict an epoch."""
+    """Adam and OneCycle: the learning rate rises to `lr` for 30 % of the steps, then falls to 0
+    (and Adam's beta1 goes from 0.95 to 0.85 and back). Returns one dict an epoch."""
     x_train, y_train = data.train_images.to(device), data.train_labels.to(device)
     x_val, y_val = data.val_images.to(device), data.val_labels.to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr)
@@ -140,7 +143,7 @@ def train(model, data, epochs, batch_size, lr, device):
         sums = torch.zeros(2)                           # recon and KL of the whole epoch
         for step, batch in enumerate(torch.randperm(len(x_train)).split(batch_size), 1):
             x, y = x_train[batch.to(device)], y_train[batch.to(device)]     # (B, 1, 28, 28), (B,)
-            with torch.autocast(device.type, torch.bfloat16, enabled=fast_bfloat16(device)):
+            with mixed_precision(device):
                 logits, mu, logvar = model(x, y)
             recon, kl = elbo_terms(logits.float(), x, mu.float(), logvar.float())
             loss = (recon + kl).mean()
@@ -188,7 +191,7 @@ def pictures(model, data, history, path, device):
     logits, mu, _ = model(x, y)
     image_grid(torch.stack([x[:, 0], logits[:, 0].sigmoid()]),
                path.with_name(f"{path.stem}-reconstructions.png"),
-               "Test images and their reconstructions", ("original", "z, decoded"), CLASSES)
+               "Test images and their reconstructions", ("original", "decoded z"), CLASSES)
     z = torch.randn(80, model.latent_dim, device=device)
     image_grid(model.decode(z, y.repeat(8)).sigmoid().view(8, 10, 28, 28),
                path.with_name(f"{path.stem}-samples.png"),
@@ -224,7 +227,7 @@ def load_model(path, device="cpu"):
     """(trained model in eval mode, meta) from a checkpoint; UserError where it does not fit."""
     meta = read_checkpoint(path, script="cvae")
     model = load_weights(CVAE(meta["config"]["latent_dim"]), meta, path)
-    return model.to(device), meta
+    return model.to(device, memory_format=torch.channels_last), meta
 
 
 @command
@@ -256,7 +259,7 @@ def main(argv=None):
     metrics = test(model, data.test_images.to(device), data.test_labels.to(device))
     metrics["seconds"] = time.time() - start
     save_checkpoint(path, script="cvae", config=config, source=data.source, seed=args.seed,
-                    metrics=metrics, state_dict=model.state_dict())
+                    device=str(device), metrics=metrics, state_dict=model.state_dict())
     pictures(model, data, history, path, device)
     print(f"{describe('test', metrics['recon'], metrics['kl'], data.floor)} nats per image"
           f" ({data.source}), {metrics['seconds']:.0f} s -> {path}")

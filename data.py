@@ -18,6 +18,7 @@ Try: the floor of `images.round()`. Left out: a DataLoader; the data set is one 
 second half of this file is the plumbing that all scripts share and that is not the lesson.
 """
 import argparse
+import contextlib
 import functools
 import gzip
 import hashlib
@@ -97,12 +98,13 @@ def download(name, folder):
             with urllib.request.urlopen(url, timeout=10) as reply:
                 while chunk := reply.read(1 << 18):
                     raw += chunk
-                    print(f"\r{url}: {len(raw) / 1e6:.1f} MB", end="", file=sys.stderr)
+                    if sys.stderr.isatty():
+                        print(f"\r{url}: {len(raw) / 1e6:.1f} MB", end="", file=sys.stderr)
             unpack(raw, name, url)
         except Exception as error:  # whatever a network can do means the same: the next mirror
-            print(f"\r{url}: {error}", file=sys.stderr)
+            print(f"\nno luck with {url}: {error}", file=sys.stderr)
             continue
-        print(file=sys.stderr)
+        print(f"\ngot {url}", file=sys.stderr)
         return write_atomically(folder / f"{name}.gz", lambda file: file.write(raw))
     raise OSError(f"no mirror could give {name}.gz")
 
@@ -142,19 +144,23 @@ def load(source="auto"):
     Looks in $FASHION_MNIST_DIR, ./fashion-mnist, Debian's folder; else downloads to the second.
     A file that is there but wrong is a UserError; only absence leads "auto" to the sample.
     """
+    if source not in ("auto", "full", "sample"):
+        raise UserError(f"data source {source!r}: choose auto, full or sample")
     complete = (f for f in FOLDERS if all((f / f"{name}.gz").exists() for name in FILES))
     folder = Path(os.environ.get("FASHION_MNIST_DIR") or next(complete, FOLDERS[0]))
-    try:
-        for name in FILES if source != "sample" and folder == FOLDERS[0] else ():
-            (folder / f"{name}.gz").exists() or download(name, folder)
-    except OSError as error:
-        if source == "full":
-            raise UserError(f"{error}: connect to the network, or set FASHION_MNIST_DIR to a folder"
-                            " that holds the four .gz files")
-        source = "sample"
-        print("!" * 80, "!!  NO DATA SET, NO NETWORK: this run uses the embedded SAMPLE of 8,000 "
-              "images", "!" * 80, sep="\n", file=sys.stderr)
-    source = "sample" if source == "sample" else "full"
+    missing = [name for name in FILES if not (folder / f"{name}.gz").exists()]
+    if source != "sample" and folder == FOLDERS[0]:
+        try:
+            for name in missing:
+                download(name, folder)
+        except OSError as error:
+            if source == "full":
+                raise UserError(f"{error}: connect to the network, or set FASHION_MNIST_DIR to a "
+                                "folder that holds the four .gz files")
+            source = "sample"
+            print("!" * 80, "!!  NO DATA SET, NO NETWORK: using the embedded SAMPLE of 8,000 images",
+                  "!" * 80, sep="\n", file=sys.stderr)
+    source = "full" if source == "auto" else source
     arrays = read_sample() if source == "sample" else read_folder(folder)
     # / 255 and nothing else: the loss needs pixels in [0, 1]
     tensors = [torch.from_numpy(a[:, None] / np.float32(255)) if a.ndim == 3
@@ -175,6 +181,9 @@ def command(main):
     """Decorate main(argv): a user's mistake ends in one line with exit code 2, Ctrl-C with 130."""
     @functools.wraps(main)
     def wrapped(argv=None):
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")  # some consoles have no β
         try:
             return main(argv)
         except UserError as error:
@@ -211,15 +220,16 @@ def pick_device(name="auto"):
     """A torch.device; "auto" takes CUDA, then Apple's MPS, then the CPU."""
     here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
     if name not in ("auto", "cpu", *here):
-        raise UserError(f"--device {name} is not to be had here: choose from auto, cpu {here}")
+        raise UserError(f"no device {name} here: choose from {', '.join(['auto', 'cpu', *here])}")
     return torch.device([*here, "cpu"][0] if name == "auto" else name)
 
 
-def fast_bfloat16(device):
-    """True where the hardware computes in bfloat16; elsewhere it is emulated and slower."""
-    if device.type == "cpu":
-        return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-    return device.type == "cuda" and torch.cuda.is_bf16_supported()
+def mixed_precision(device):
+    """A context: bfloat16 where the hardware has it; elsewhere it is emulated and slow, so not."""
+    fast = device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
+    if device.type == "cpu" and hasattr(torch.cpu, "_is_avx512_bf16_supported"):
+        fast = torch.cpu._is_avx512_bf16_supported()
+    return torch.autocast(device.type, torch.bfloat16) if fast else contextlib.nullcontext()
 
 
 def write_atomically(path, write):
@@ -231,7 +241,7 @@ def write_atomically(path, write):
             write(file)
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --out")
+        raise UserError(f"{path}: cannot be written ({error.strerror}); go elsewhere, with --out")
     return path
 
 
@@ -242,7 +252,7 @@ def run_path(parser, args, script, source, *names):
     trial = {name: value for name, value in config.items() if value != parser.get_default(name)}
     mark = "-" + hashlib.sha256(repr(trial).encode()).hexdigest()[:8] if trial else ""
     path = Path(args.out) / f"{script}-{source}-seed{args.seed}{mark}.pt"
-    write_atomically(path.with_name("writable"), lambda file: None).unlink()  # fail now, not later
+    write_atomically(path.with_suffix(".probe"), bytes).unlink(missing_ok=True)  # fail now if ever
     return path, config
 
 
@@ -254,6 +264,8 @@ def save_checkpoint(path, **contents):
 
 def read_checkpoint(path, **expected):
     """The dict of a checkpoint; UserError if it is damaged or not what is expected."""
+    if not path.exists():
+        raise UserError(f"{path}: is not there; train it, or get it back from where it came")
     try:
         meta = torch.load(path, map_location="cpu", weights_only=True)
         found = {name: meta[name] for name in expected}
@@ -280,8 +292,9 @@ def announce(args, device, data, model=None):
     sizes = " / ".join(f"{len(images):,}" for images in data[:6:2])
     print(f"device {device}; data {data.source}: {sizes} images (train / val / test)")
     floors = ", ".join(f"{split} {floor:.2f}" for split, floor in data.floor.items())
-    size = sum(p.numel() for p in model.parameters()) if model else 0
-    print(f"parameters {size:,}; entropy floor {floors} nats per image", flush=True)
+    print(f"entropy floor {floors} nats per image", flush=True)
+    if model:
+        print(f"parameters {sum(p.numel() for p in model.parameters()):,}")
 
 
 def describe(split, recon, kl, floor):

@@ -75,7 +75,7 @@ def frechet_distance(features_a, features_b):
     cov_a, cov_b = a.T.cov(), b.T.cov()                                     # (D, D), over N - 1
     values, vectors = torch.linalg.eigh(cov_a)
     root_a = vectors * values.clamp(min=0).sqrt() @ vectors.T               # S_a^1/2
-    # the trace of a root is the sum of the roots of the eigenvalues, so no matrix root is needed
+    # the trace of a root is the sum of the roots of the eigenvalues: that root is never formed
     roots = torch.linalg.eigvalsh(root_a @ cov_b @ root_a).clamp(min=0).sqrt()
     distance = (mean_a - mean_b).pow(2).sum() + cov_a.trace() + cov_b.trace() - 2 * roots.sum()
     return distance.item()
@@ -116,7 +116,7 @@ def controllability(judged, asked):
 # ---------------------------------------------------------------- one row of the table
 
 
-def measure(name, module, path, images, labels, floor, judge, real, device):
+def measure(name, module, path, split, images, labels, floor, judge, real, device):
     """(all figures of one trained model, the model); real: the features of these same images."""
     model, meta = module.load_model(path, device)
     given = (labels.to(device),) if name == "CVAE" else ()
@@ -127,15 +127,17 @@ def measure(name, module, path, images, labels, floor, judge, real, device):
            **module.test(model, images.to(device), *given)}
     row["excess"] = row["recon"] - floor
     row |= {"fid_prior": None, "fid_gmm": None, "fid_recon": None, "control": None,
-            "control_recon": None, "seconds": meta["metrics"]["seconds"]}
+            "control_recon": None, "seconds": meta["metrics"]["seconds"],
+            "trained_on": meta["device"]}
     asked = torch.arange(len(images)) % 10 if name == "CVAE" else None
     features, judged = look(judge, draw(model, len(images), device, asked))
     row["fid_prior"] = frechet_distance(features, real)
     if name == "CVAE":
         row["total_plus_log10"] = row["total"] + math.log(10)
         row["control"], row["control_by_class"] = controllability(judged, asked)
-        classifier.confusion_figure(asked, judged, path.with_name(f"{path.stem}-control.png"),
-                                    f"Asked for a class, judged as it: {row['control']:.1%}")
+        classifier.confusion_figure(
+            asked, judged, path.with_name(f"{path.stem}-{split}-control.png"),
+            f"Asked for a class, and judged as that class: {row['control']:.1%}")
     if beta is None:                                    # the sweep is compared by its samples only
         again = reconstruct(model, images, device, labels if given else None)
         features, judged = look(judge, again)
@@ -167,7 +169,7 @@ def average(rows):
         std = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
         return {"mean": mean, "std": std, "n": len(values)}
     fixed = {key: rows[0][key] for key in ("model", "latent_dim", "params")}
-    return fixed | {key: combine([row[key] for row in rows]) for key in rows[0] if key not in fixed}
+    return {key: combine([row[key] for row in rows]) for key in rows[0]} | fixed
 
 
 # ---------------------------------------------------------------- the tables and the pictures
@@ -210,6 +212,7 @@ def table_lines(rows, separator="  "):
 def report(results, separator="  "):
     """The caption, the table, the yardsticks and the sentence on the CVAE, as lines."""
     cvae_row, sticks = results["rows"][-1], results["yardsticks"]
+    seen = " (It was trained on most of the sample's val images.)" * (results["data"] == "sample")
     total, beside = cvae_row["total"], cvae_row["total_plus_log10"]
     return [
         f"Fashion-MNIST ({results['data']}), {results['split']} split, {sticks['fid_n']:,} images;"
@@ -221,8 +224,8 @@ def report(results, separator="  "):
         f"- FID proxy: {sticks['fid_sampling_floor']:.3f} between real images and other real ones"
         f" (n = {sticks['fid_sampling_floor_n']:,}), {sticks['fid_noise']:.1f} for uniform noise.",
         f"- The classifier is right on {sticks['classifier_accuracy']:.1%} of the real images"
-        f" and on {cell(cvae_row['control_recon'], '{:.1%}')} of the CVAE's reconstructions, which"
-        " bounds control.",
+        f" and on {cell(cvae_row['control_recon'], '{:.1%}')} of the CVAE's reconstructions: the"
+        " difference is the price of blur." + seen,
         f"- CVAE: {cell(total, '{:.2f}')} + log 10 = {cell(beside, '{:.2f}')} is the total to hold"
         " beside a VAE's: the CVAE",
         "  was told the label, and -log p(x) <= -log p(x | y) + log 10.",
@@ -294,8 +297,8 @@ def main(argv=None):
     rows, models = [], {}
     for name, module, *_ in STUDY:
         for runs in zip(*paths[name]):                  # the same model (or beta) under every seed
-            measured = [measure(name, module, path, images, labels, data.floor[args.split], judge,
-                                real, device) for path in runs]
+            measured = [measure(name, module, path, args.split, images, labels,
+                                data.floor[args.split], judge, real, device) for path in runs]
             rows.append(average([row for row, _ in measured]))
             if name != "β-VAE":
                 models[name] = measured[0][1]
@@ -306,7 +309,8 @@ def main(argv=None):
                "floor": data.floor[args.split], "judge_sha256": judge_meta["sha256"],
                "metrics_seconds": time.time() - start, "yardsticks": sticks, "rows": rows}
     trial = f"-epochs{args.epochs}" if args.epochs else ""
-    stem = args.out / f"results-{data.source}-{args.split}{trial}"
+    seeds = "-".join(map(str, args.seeds))
+    stem = args.out / f"results-{data.source}-{args.split}-seeds{seeds}{trial}"
     gallery(models, images, labels, stem, device)
     text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False)
     markdown = "\n".join(report(results, " | ")) + "\n"

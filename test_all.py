@@ -159,6 +159,7 @@ def small_files(monkeypatch, tmp_path):
     monkeypatch.setattr(data, "FILES", {n: hashlib.sha256(b).hexdigest() for n, b in raw.items()})
     monkeypatch.setattr(data, "FOLDERS", (Path("fashion-mnist"), Path("nowhere")))
     monkeypatch.delenv("FASHION_MNIST_DIR", raising=False)
+    monkeypatch.setenv("no_proxy", "*")
     monkeypatch.chdir(tmp_path)
     return {name: gzip.compress(content, 1) for name, content in raw.items()}
 
@@ -244,6 +245,7 @@ def test_a_wrong_file_is_named_and_never_replaced_by_the_sample(small_files, mon
     (vae, ["--lr", "inf"]), (vae, ["--data", "mnist"]), (vae, ["--device", "abacus"]),
     (evaluate, ["--split", "train"]), (evaluate, ["--seeds", "1", "1"]), (vae, ["--seed", "-1"]),
     (classifier, ["--batch-size", "1"]), (data, ["--nonsense"]),
+    (conv_vae, ["--epochs", "2", "--warmup-epochs", "3"]),
     (conv_vae, ["--warmup-epochs", "-1"]),
     (data, ["--data", "sample", "--out", __file__]), (vae, ["--data", "sample", "--out", __file__]),
 ], ids=lambda v: " ".join(v) if isinstance(v, list) else v.__name__)
@@ -428,6 +430,26 @@ def test_warmup_goes_from_0_to_1_over_the_stated_steps_and_stays():
     weights = [conv_vae.kl_weight(step, 4) for step in range(7)]
     assert weights == [0, 0.25, 0.5, 0.75, 1, 1, 1]
     assert conv_vae.kl_weight(0, 0) == 1
+
+
+def test_warmup_lets_the_kl_grow_first(tiny, capsys):
+    kl = {}
+    for warmup_epochs in (0, 100):
+        torch.manual_seed(0)
+        model = conv_vae.ConvVAE(4)
+        history = conv_vae.train(model, tiny, 6, 50, 2e-3, torch.device("cpu"), warmup_epochs)
+        kl[warmup_epochs] = history[-1]["kl"]
+    assert kl[100] > 1.5 * kl[0]
+
+
+def test_beta_1_is_the_plain_vae_to_the_last_bit(tiny, capsys):
+    trained = []
+    for model, module, extra in ((vae.VAE(4), vae, ()), (beta_vae.BetaVAE(4), beta_vae, (1,))):
+        torch.manual_seed(0)
+        model.apply(lambda m: m.reset_parameters() if hasattr(m, "reset_parameters") else None)
+        module.train(model, tiny, 2, 100, 1e-3, torch.device("cpu"), *extra)
+        trained.append(torch.cat([p.flatten() for p in model.parameters()]))
+    assert torch.equal(*trained)
 
 
 def test_warmup_counts_training_steps_only(tiny, capsys):
@@ -653,6 +675,23 @@ def test_prior_draws_are_normal_decoded_and_reconstructions_follow_their_image()
     assert torch.allclose(again, (x * 10 - 5).sigmoid())
 
 
+def test_draws_get_their_own_label_and_reconstructions_a_random_z():
+    class Show(torch.nn.Module):  # an image as bright as its label, or as z
+        latent_dim = 1
+
+        def decode(self, z, y):
+            return (y / 10 + 0.05).logit().view(-1, 1, 1, 1).expand(-1, 1, 28, 28)
+
+        def forward(self, x, y):
+            return torch.randn(len(x), 1, 1, 1).expand(-1, 1, 28, 28), None, None
+    y = torch.arange(33) % 10
+    images = evaluate.draw(Show(), 33, torch.device("cpu"), y, batch_size=7)
+    assert torch.equal((images[:, 0, 0, 0] * 10 - 0.5).round().long(), y)
+    model, x = vae.VAE(3), torch.rand(4, 1, 28, 28)
+    first, second = (evaluate.reconstruct(model, x, torch.device("cpu")) for _ in range(2))
+    assert not torch.equal(first, second)
+
+
 def test_seeds_are_averaged_with_n_minus_1():
     rows = [{"model": "m", "latent_dim": 2, "params": 5, "kl": k, "fid_gmm": None,
              "by": [k, 2 * k]} for k in (1.0, 2.0, 6.0)]
@@ -674,6 +713,7 @@ def test_what_is_the_same_in_the_four_scripts_is_word_for_word_the_same(name):
 def test_reparameterize_and_test_are_word_for_word_the_same():
     assert len({inspect.getsource(c.reparameterize) for c in MODELS.values()}) == 1
     assert len({inspect.getsource(m.test) for m in (vae, conv_vae, beta_vae)}) == 1
+    assert inspect.getsource(conv_vae.Residual) == inspect.getsource(cvae.Residual)
     assert inspect.getsource(beta_vae.BetaVAE).replace("Beta", "").replace("10", "20") == \
         inspect.getsource(vae.VAE).replace("10", "20")
 
@@ -691,7 +731,7 @@ def test_model_and_loss_work_pasted_alone_into_a_notebook(module, sample):
 
 def test_scripts_stay_short_and_narrow():
     for name in SCRIPTS:
-        lines = (HERE / f"{name}.py").read_text().splitlines()
+        lines = (HERE / f"{name}.py").read_text(encoding="utf-8").splitlines()
         assert len(lines) <= {"evaluate": 400, "data": 350}.get(name, 300), name
         assert max(map(len, lines)) <= 100, name
 
@@ -699,52 +739,60 @@ def test_scripts_stay_short_and_narrow():
 # ---------------------------------------------------------------- each script as a process
 
 
-@pytest.fixture(scope="session")
-def runs(tmp_path_factory):
-    return tmp_path_factory.mktemp("runs")
-
-
 def run(folder, script, *flags):
     """python <script>.py in the folder, without network or display; its standard output."""
-    environment = os.environ | {"http_proxy": "http://127.0.0.1:9",
+    environment = os.environ | {"http_proxy": "http://127.0.0.1:9", "PYTHONIOENCODING": "utf-8",
                                 "https_proxy": "http://127.0.0.1:9", "PYTHONPATH": ""}
     environment.pop("DISPLAY", None)
     done = subprocess.run([sys.executable, f"{script}.py", *flags], cwd=folder, env=environment,
-                          capture_output=True, text=True, timeout=600)
+                          capture_output=True, encoding="utf-8", timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-@pytest.mark.parametrize("script, figures", [
-    ("data", ("samples", "classes", "pixels")),
-    ("vae", ("reconstructions", "samples", "curves")),
-    ("conv_vae", ("reconstructions", "samples", "curves", "warmup")),
-    ("beta_vae", ("reconstructions", "samples", "curves", "tradeoff", "traversals")),
-    ("cvae", ("reconstructions", "samples", "curves", "styles", "swaps")),
-])
-def test_script_runs_alone_with_data_py_and_the_sample(script, figures, tmp_path, runs):
-    for name in (f"{script}.py", "data.py"):
-        shutil.copy(HERE / name, tmp_path)
-    shutil.copy(HERE / "assets" / data.SAMPLE, tmp_path)
-    flags = () if script == "data" else ("--epochs", "1")
-    text = run(tmp_path, script, "--data", "sample", "--out", str(runs), *flags)
-    assert "entropy floor train 187.5" in text
-    written = [path.name for path in runs.glob(f"{script}*.png")]
-    for figure in figures:
-        assert any(name.endswith(f"-{figure}.png") or name == f"{script}-{figure}.png"
-                   for name in written), (figure, written)
+FIGURES = {
+    "data": ("samples", "classes", "pixels"),
+    "vae": ("reconstructions", "samples", "curves"),
+    "conv_vae": ("reconstructions", "samples", "curves", "warmup"),
+    "beta_vae": ("reconstructions", "samples", "curves", "tradeoff", "traversals"),
+    "cvae": ("reconstructions", "samples", "curves", "styles", "swaps"),
+}
+
+
+@pytest.fixture(scope="session")
+def study(tmp_path_factory):
+    """Each script run by itself, in a folder with nothing but itself, data.py and the sample."""
+    out, texts = tmp_path_factory.mktemp("runs"), {}
+    for script in FIGURES:
+        alone = tmp_path_factory.mktemp(script)
+        for name in (f"{script}.py", "data.py", f"assets/{data.SAMPLE}"):
+            shutil.copy(HERE / name, alone)
+        flags = () if script == "data" else ("--epochs", "1")
+        texts[script] = run(alone, script, "--data", "sample", "--out", str(out), *flags)
+    return out, texts
+
+
+@pytest.mark.parametrize("script", FIGURES)
+def test_script_runs_alone_with_data_py_and_the_sample(script, study):
+    out, texts = study
+    assert "data sample" in texts[script] and "entropy floor train 187.5" in texts[script]
+    names = [path.name for path in out.glob(f"{script}*.png")]
+    for figure in FIGURES[script]:
+        assert any(name.endswith(f"-{figure}.png") for name in names), (figure, names)
     if script != "data":
-        assert "sample" in text.splitlines()[1] and re.search(r"test: recon|test \(sample\)", text)
-        assert not list(runs.glob("*.part"))
+        assert re.search(r"^test.*sample", texts[script], re.MULTILINE)
+        assert all("sample" in path.name for path in out.glob("*.pt"))
+    assert not list(out.glob("*.part")) and not list(out.glob("*.probe"))
 
 
-def test_evaluate_reuses_the_checkpoints_and_its_table_adds_up(tmp_path, runs):
+def test_evaluate_reuses_the_checkpoints_and_its_table_adds_up(tmp_path, study):
+    runs, _ = study
     for name in SCRIPTS:
         shutil.copy(HERE / f"{name}.py", tmp_path)
     shutil.copytree(HERE / "assets", tmp_path / "assets")
     text = run(tmp_path, "evaluate", "--data", "sample", "--epochs", "1", "--out", str(runs))
     assert "left" not in text, "trained again although the checkpoints were there"
-    results = json.loads((runs / "results.json").read_text())
+    results = json.loads((runs / "results.json").read_text(encoding="utf-8"))
     assert results["data"] == "sample" and results["split"] == "test" and results["seeds"] == [0]
     sha = hashlib.sha256(classifier.PRETRAINED.read_bytes()).hexdigest()
     assert results["judge_sha256"] == sha
@@ -761,7 +809,8 @@ def test_evaluate_reuses_the_checkpoints_and_its_table_adds_up(tmp_path, runs):
         script = f"beta_vae-beta{beta}" if beta else row["model"].lower().replace(" ", "_")
         script = script.replace("mlp_", "")
         path = next(p for p in runs.glob(f"{script}-sample-*.pt"))
-        assert data.read_checkpoint(path)["metrics"]["total"] == row["total"]
+        saved = data.read_checkpoint(path)["metrics"]["total"]
+        assert saved == pytest.approx(row["total"], rel=1e-6)
     last = results["rows"][-1]
     assert last["total_plus_log10"] == pytest.approx(last["total"] + math.log(10))
     assert f"+ log 10 = {last['total_plus_log10']:.2f}" in text
@@ -769,7 +818,8 @@ def test_evaluate_reuses_the_checkpoints_and_its_table_adds_up(tmp_path, runs):
     assert len(table) == 8 and max(map(len, table)) <= 100
 
 
-def test_evaluate_refuses_a_checkpoint_of_another_study(tmp_path, runs, capsys):
+def test_evaluate_refuses_a_checkpoint_of_another_study(tmp_path, study, capsys):
+    runs, _ = study
     path = next(runs.glob("vae-sample-*.pt"))
     meta = data.read_checkpoint(path)
     meta["config"]["epochs"] = 7
@@ -779,6 +829,16 @@ def test_evaluate_refuses_a_checkpoint_of_another_study(tmp_path, runs, capsys):
         evaluate.main(["--data", "sample", "--epochs", "1", "--out", str(tmp_path)])
     assert stop.value.code == 2 and path.name in capsys.readouterr().err
     assert (tmp_path / path.name).read_bytes() == before
+
+
+def test_conv_vae_shows_itself_beside_the_baseline(study, capsys):
+    out, _ = study
+    images = data.load("sample")
+    path = next(out.glob("conv_vae-sample-*.pt"))
+    model, meta = conv_vae.load_model(path)
+    conv_vae.beside_baseline(model, meta["metrics"], images, path, torch.device("cpu"))
+    assert "total: MLP" in capsys.readouterr().out
+    assert path.with_name(f"{path.stem}-beside-mlp.png").exists()
 
 
 def test_classifier_trains_and_measures_the_reloaded_file(tiny, tmp_path, monkeypatch, capsys):
@@ -793,11 +853,11 @@ def test_classifier_trains_and_measures_the_reloaded_file(tiny, tmp_path, monkey
 
 
 def test_readme_shows_the_recorded_table():
-    recorded = (HERE / "results" / "results.md").read_text()
+    recorded = (HERE / "results" / "results.md").read_text(encoding="utf-8")
     table = [line for line in recorded.splitlines() if line.startswith("|")]
     assert len(table) == 9
-    assert "\n".join(table) in (HERE / "README.md").read_text()
-    results = json.loads((HERE / "results" / "results.json").read_text())
+    assert "\n".join(table) in (HERE / "README.md").read_text(encoding="utf-8")
+    results = json.loads((HERE / "results" / "results.json").read_text(encoding="utf-8"))
     assert results["data"] == "full" and results["split"] == "test"
     assert "\n".join(table) == "\n".join(evaluate.table_lines(results["rows"], " | "))
     totals = {row["model"]: row["total"] for row in results["rows"]}

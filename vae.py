@@ -3,11 +3,11 @@
 A VAE (Kingma & Welling 2014, arXiv:1312.6114) supposes that each image x was made in two steps:
 draw z ~ N(0, I), then x ~ p(x | z), a neural network (the decoder). A second network (the encoder)
 guesses which z may have made a given x: q(z | x) = N(mu, diag sigma^2). Both are trained together
-to lower a bound on -log p(x), the negative ELBO (their eq. 3):
+to minimise an upper bound on -log p(x), the negative ELBO (their eq. 3):
 
     loss  =  E_q[ -log p(x | z) ]  +  KL( q(z | x) || N(0, I) )
-              recon: nats to describe      kl: nats of z that
-              the image given z            the image costs
+              recon: nats to describe      kl: nats that z
+              the image, given z           itself costs
 
 Both terms are in nats per image: summed over pixels and over latents, averaged over images.
 
@@ -15,7 +15,7 @@ Both terms are in nats per image: summed over pixels and over latents, averaged 
 
 @RESULT@
 Try: --latent-dim 2, and scatter mu of the test images coloured by label. Or average the BCE over
-the pixels (a common mistake): the KL then weighs 784 times too much, and all images become one.
+the pixels (a common mistake; with --out try): the KL weighs 784 times too much, all images are one.
 Left out on purpose: dropout, normalisation layers, learned pixel variance, any trainer class.
 """
 import time
@@ -73,9 +73,10 @@ class VAE(torch.nn.Module):
 
 
 def elbo_terms(logits, x, mu, logvar):
-    """The two parts of the negative ELBO, each (B,), in nats per image (Kingma & Welling, eq. 10).
+    """The two parts of the negative ELBO, each (B,), in nats per image.
 
-    Sums, never means, over pixels and latents: only so do the two terms have the same unit.
+    Kingma & Welling, eq. 10, with the signs turned (they maximise). Sums, never means, over pixels
+    and latents: only so do the two terms have the same unit.
     """
     # recon = -log p(x | z) = -sum_i [ x_i log p_i + (1 - x_i) log(1 - p_i) ],  p = sigmoid(logits)
     recon = torch.nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="none")
@@ -89,7 +90,8 @@ def elbo_terms(logits, x, mu, logvar):
 
 
 def train(model, data, epochs, batch_size, lr, device):
-    """Adam with a OneCycle learning rate (up to `lr`, then to zero); returns one dict an epoch."""
+    """Adam and OneCycle: the learning rate rises to `lr` for 30 % of the steps, then falls to 0
+    (and Adam's beta1 goes from 0.95 to 0.85 and back). Returns one dict an epoch."""
     x_train = data.train_images.to(device)
     x_val = data.val_images.to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr)
@@ -147,7 +149,7 @@ def pictures(model, data, history, path, device):
     logits, _, _ = model(x)
     image_grid(torch.stack([x[:, 0], logits[:, 0].sigmoid()]),
                path.with_name(f"{path.stem}-reconstructions.png"),
-               "Test images and their reconstructions", ("original", "z, decoded"), CLASSES)
+               "Test images and their reconstructions", ("original", "decoded z"), CLASSES)
     z = torch.randn(80, model.latent_dim, device=device)
     image_grid(model.decode(z).sigmoid().view(8, 10, 28, 28),
                path.with_name(f"{path.stem}-samples.png"), "Decoded draws from the prior N(0, I)")
@@ -205,7 +207,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)                        # evaluate.py repeats exactly this test
     metrics = test(model, data.test_images.to(device)) | {"seconds": time.time() - start}
     save_checkpoint(path, script="vae", config=config, source=data.source, seed=args.seed,
-                    metrics=metrics, state_dict=model.state_dict())
+                    device=str(device), metrics=metrics, state_dict=model.state_dict())
     pictures(model, data, history, path, device)
     print(f"{describe('test', metrics['recon'], metrics['kl'], data.floor)} nats per image"
           f" ({data.source}), {metrics['seconds']:.0f} s -> {path}")
