@@ -235,7 +235,7 @@ def load_model(path, device="cpu"):
     """(trained model in eval mode, meta) from a checkpoint; UserError where it does not fit."""
     meta = read_checkpoint(path, script="conv_vae")
     model = load_weights(ConvVAE(meta["config"]["latent_dim"]), meta, path)
-    return model.to(device, memory_format=torch.channels_last), meta
+    return model.to(device), meta
 
 
 @command
@@ -257,7 +257,7 @@ def main(argv=None):
     device = pick_device(args.device)
     data = load(args.data)
     torch.manual_seed(args.seed)
-    model = ConvVAE(args.latent_dim).to(device, memory_format=torch.channels_last)
+    model = ConvVAE(args.latent_dim).to(device)
     announce(args, device, data, model)
     path, config = run_path(parser, args, "conv_vae", data.source,
                             "epochs", "batch_size", "lr", "latent_dim", "warmup_epochs")

@@ -158,7 +158,7 @@ def load(source="auto"):
                 raise UserError(f"{error}: connect to the network, or set FASHION_MNIST_DIR to a "
                                 "folder that holds the four .gz files")
             source = "sample"
-            print("!" * 80, "!!  NO DATA SET, NO NETWORK: using the embedded SAMPLE of 8,000 images",
+            print("!" * 80, "!! NO DATA SET, NO NETWORK: using the embedded SAMPLE (8,000 images)",
                   "!" * 80, sep="\n", file=sys.stderr)
     source = "full" if source == "auto" else source
     arrays = read_sample() if source == "sample" else read_folder(folder)
