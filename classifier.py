@@ -97,7 +97,7 @@ def augment(x, generator):
 
 
 @torch.no_grad()
-def predict(model, images, batch_size=500):
+def predict(model, images, batch_size=100):
     """Class logits (N, 10) of raw images (N, 1, 28, 28), in eval mode and float32."""
     model.eval()
     device = model.mean.device

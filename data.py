@@ -252,7 +252,8 @@ def run_path(parser, args, script, source, *names):
     trial = {name: value for name, value in config.items() if value != parser.get_default(name)}
     mark = "-" + hashlib.sha256(repr(trial).encode()).hexdigest()[:8] if trial else ""
     path = Path(args.out) / f"{script}-{source}-seed{args.seed}{mark}.pt"
-    write_atomically(path.with_suffix(".probe"), bytes).unlink(missing_ok=True)  # fail now if ever
+    probe = write_atomically(path.with_suffix(".probe"), lambda file: None)  # if it fails, then now
+    probe.unlink(missing_ok=True)
     return path, config
 
 
