@@ -12,9 +12,9 @@ are different objectives and compare with nothing.
 
     python beta_vae.py                 # trains beta = 0.25, 1, 4, 8, one after the other
 
-@RESULT@
-Try: --betas 0 (an autoencoder: look at its prior samples) and --betas 30 (posterior collapse).
-Left out: disentanglement scores, the capacity schedule of Burgess et al. 2018.
+Expect (full data, seed 0): about 4 min on 2 CPU cores; test totals 242.66, 240.57, 249.65, 258.99,
+KL 22.1, 12.1, 6.1, 4.3, and 10, 6, 5, 4 of the 10 dimensions active: the others do nothing.
+Try: --betas 0 (an autoencoder: look at its samples), --betas 100. Left out: disentanglement scores.
 """
 import time
 from pathlib import Path
@@ -179,7 +179,7 @@ def plot_traversals(model, image, kl, beta, path, device):
         z[row, :, dimension] = values
     images = model.decode(z.flatten(0, 1)).sigmoid().view(len(order), 11, 28, 28)
     image_grid(images, path, f"beta = {beta:g}: one dimension a row, {kl.sum():.1f} nats in all",
-               [f"z{d}: {kl[d]:.2f}" for d in order], [f"{v:+.1f}" for v in values.tolist()])
+               [f"z{d}: {kl[d]:.2f}" for d in order], [f"{0.6 * i - 3:+.1f}" for i in range(11)])
 
 
 @torch.no_grad()
@@ -199,14 +199,13 @@ def pictures(models, data, path, device):
 def plot_tradeoff(rows, path):
     """The rate-distortion curve: KL against excess recon, and the line of equal total."""
     figure = Figure((6, 4.2), 110, layout="constrained")
-    axes = figure.add_subplot(title="What does a nat of KL buy?",
+    axes = figure.add_subplot(title="What does a nat of KL buy?", xmargin=0.15,
                               xlabel="KL (rate), nats", ylabel="excess recon (distortion), nats")
     axes.plot([row["kl"] for row in rows], [row["excess"] for row in rows], "o-")
     best = min(rows, key=lambda row: row["total"])
     axes.axline((best["kl"], best["excess"]), slope=-1, ls="--", c="gray", label="equal total")
     for row in rows:
-        axes.annotate(f"beta {row['beta']:g}", (row["kl"], row["excess"]), (6, 6),
-                      textcoords="offset points")
+        axes.annotate(f"   beta {row['beta']:g}", (row["kl"], row["excess"]))
     axes.legend()
     save_figure(figure, path)
 
@@ -245,8 +244,8 @@ def train_one(beta, args, data, device, path, config):
     metrics["excess"] = metrics["recon"] - data.floor["test"]
     mu, _ = posterior(model, data.test_images)
     metrics["active_units"] = active_units(mu)
-    train_mu, _ = posterior(model, data.train_images)
-    metrics["probe"] = linear_probe(train_mu, data.train_labels, mu, data.test_labels)
+    metrics["probe"] = linear_probe(posterior(model, data.train_images)[0], data.train_labels,
+                                    mu, data.test_labels)
     save_checkpoint(path, script="beta_vae", config=config, source=data.source, seed=args.seed,
                     device=str(device), metrics=metrics, state_dict=model.state_dict())
     plot_curves(history, path.with_name(f"{path.stem}-curves.png"))
@@ -259,8 +258,7 @@ def main(argv=None):
     parser.number("--batch-size", int, 1, 100_000, 128, "images a step (128)")
     parser.number("--lr", float, 1e-8, 10, 2e-3, "peak learning rate (2e-3)")
     parser.number("--latent-dim", int, 1, 784, 10, "numbers in z (10)")
-    parser.number("--betas", float, 0, 1e6, [0.25, 1, 4, 8],
-                  "weights of the KL (0.25 1 4 8)", nargs="+")
+    parser.number("--betas", float, 0, 1e6, [0.25, 1, 4, 8], "of the KL (0.25 1 4 8)", nargs="+")
     parser.number("--seed", int, 0, 2**32 - 1, 0, "of weights, batches and noise (0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (auto)")
     parser.add_argument("--reuse", action="store_true", help="do not train again what is there")

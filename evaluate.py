@@ -1,12 +1,10 @@
 """Section 6: the protocol. Every model measured by the same rules, side by side in one table.
 
 Trains what is not trained yet (by calling the main() of each section), then measures everything on
-the same test images, which no model and no choice has seen before. Three rules make it fair:
-
-  - generators see raw [0, 1] images; the classifier normalises inside itself, with its own mean and
-    std, so generated images are normalised once, on their way into it, and never elsewhere;
-  - recon, KL and total are sums in nats per image at full KL weight, from one posterior sample;
-  - the FID proxy compares equally many generated and real images, in every row:
+the same test images, which no model and no choice has seen before. Generators see raw [0, 1]
+images; the classifier normalises inside itself, so generated images are normalised once, on their
+way into it. recon, KL and total are sums in nats per image at full KL weight, from one posterior
+sample. The FID proxy compares equally many generated and real images in every row:
 
     FID  =  |m_a - m_b|^2  +  tr( S_a + S_b - 2 (S_a^1/2 S_b S_a^1/2)^1/2 )      0 = same Gaussian
 
@@ -17,8 +15,7 @@ features. These are not Inception's features: a *proxy*, comparable within this 
     python evaluate.py --split val        # the same metrics on validation: for choosing
     python evaluate.py --data sample      # a few minutes, on 8,000 embedded images
 
-@RESULT@
-Left out on purpose: the real Inception FID, precision / recall, and likelihoods by sampling.
+@RESULT@ Left out on purpose: the real Inception FID.
 """
 import json
 import math
@@ -32,8 +29,9 @@ import classifier
 import conv_vae
 import cvae
 import vae
-from data import (CLASSES, Parser, UserError, announce, command, image_grid, load,
-                  pick_device, write_atomically)
+from classifier import look
+from data import (CLASSES, Parser, UserError, announce, command, image_grid, load, pick_device,
+                  write_atomically)
 
 # name in the table, module, what it is, minutes to train on 2 CPU cores with the full data
 STUDY = (
@@ -44,25 +42,7 @@ STUDY = (
 )
 
 
-# ---------------------------------------------------------------- what the judge sees
-
-
-@torch.no_grad()
-def look(judge, images, batch_size=100):
-    """Raw images (N, 1, 28, 28) in [0, 1] -> (features (N, 256), judged classes (N,)).
-
-    ValueError for another shape, NaN, or values outside [0, 1] (normalised images, or logits).
-    Small batches stay in the processor's cache: 100 takes 0.6 of the time that 500 does.
-    """
-    if images.dim() != 4 or images.shape[1:] != (1, 28, 28):
-        raise UserError(f"images have shape {tuple(images.shape)}: (N, 1, 28, 28) is needed")
-    low, high = images.min().item(), images.max().item()
-    if not 0 <= low <= high <= 1:
-        raise UserError(f"images range from {low} to {high}: the classifier takes raw images in "
-                        "[0, 1]; take the sigmoid of logits, and do not normalise")
-    device = judge.mean.device
-    features = torch.cat([judge.features(x.to(device)) for x in images.split(batch_size)])
-    return features.cpu(), judge.head(features).argmax(1).cpu()
+# ---------------------------------------------------------------- the metrics
 
 
 def frechet_distance(features_a, features_b):
@@ -82,30 +62,6 @@ def frechet_distance(features_a, features_b):
     return distance.item()
 
 
-# ---------------------------------------------------------------- images from the models
-
-
-@torch.no_grad()
-def draw(model, count, device, labels=None, batch_size=1000):
-    """Decoder means (count, 1, 28, 28) of z ~ N(0, I); for a CVAE also of the labels (count,)."""
-    images = []
-    for start in range(0, count, batch_size):
-        z = torch.randn(min(batch_size, count - start), model.latent_dim, device=device)
-        y = () if labels is None else (labels[start:start + batch_size].to(device),)
-        images.append(model.decode(z, *y).sigmoid().cpu())
-    return torch.cat(images)
-
-
-@torch.no_grad()
-def reconstruct(model, images, device, labels=None, batch_size=1000):
-    """Decoder means (N, 1, 28, 28) of one posterior sample for each image."""
-    parts = []
-    for start in range(0, len(images), batch_size):
-        batch = [t[start:start + batch_size].to(device) for t in (images, labels) if t is not None]
-        parts.append(model(*batch)[0].sigmoid().cpu())
-    return torch.cat(parts)
-
-
 def controllability(judged, asked):
     """(share of images judged as the class that was asked for, the same for each class)."""
     if len(asked) == 0 or not 0 <= asked.min() <= asked.max() <= 9:
@@ -114,43 +70,164 @@ def controllability(judged, asked):
     return hits.mean().item(), [hits[asked == c].mean().item() for c in range(len(CLASSES))]
 
 
+def diversity(features, judged, asked, real_features, labels):
+    """Mean pairwise distance within a class, of the images judged as asked for, over that of real
+    images: 1 is as varied as life, 0 is one image a class (which could win every other metric)."""
+    ratios = []
+    for c in range(len(CLASSES)):
+        drawn = features[(asked == c) & (judged == c)]
+        if len(drawn) > 1:
+            ratio = torch.pdist(drawn).mean() / torch.pdist(real_features[labels == c]).mean()
+            ratios.append(ratio.item())
+    return sum(ratios) / len(ratios) if ratios else None
+
+
+def log_joint(z, weights, means, factors):
+    """log( weight_k N(z | mean_k, L_k L_k^T) ) for z (N, D) -> (N, K)."""
+    columns = []
+    for weight, mean, factor in zip(weights, means, factors):
+        white = torch.linalg.solve_triangular(factor, (z - mean).T, upper=False)     # (D, N)
+        log_det = factor.diagonal().log().sum() + len(mean) / 2 * math.log(2 * math.pi)
+        columns.append(weight.log() - log_det - 0.5 * white.pow(2).sum(0))
+    return torch.stack(columns, dim=1)
+
+
+def fit_gmm(z, components, iterations=30, floor=1e-3):
+    """EM for a mixture of full-covariance Gaussians (Bishop 2006, section 9.2.2) on z (N, D).
+
+    Returns weights (K,), means (K, D), Cholesky factors (K, D, D), and the mean log-likelihood
+    before each step, which never falls (save where a dying component is seeded anew)."""
+    z, (n, d) = z.double(), z.shape
+    means, nearest = z[torch.randint(n, (1,))], torch.full((n,), math.inf, dtype=z.dtype)
+    while len(means) < components:                      # k-means++: far points are likely seeds
+        nearest = torch.minimum(nearest, (z - means[-1]).pow(2).sum(1))
+        means = torch.cat([means, z[torch.multinomial(nearest, 1)]])
+    whole = torch.atleast_2d(z.T.cov()) + floor * torch.eye(d, dtype=z.dtype)
+    weights, covariances = torch.full((components,), 1 / components), whole.repeat(components, 1, 1)
+    history = []
+    for _ in range(iterations):
+        joint = log_joint(z, weights.double(), means, torch.linalg.cholesky(covariances))
+        total = joint.logsumexp(1, keepdim=True)        # log p(z), (N, 1)
+        history.append(total.mean().item())
+        share = (joint - total).exp()                   # E: who made which z, (N, K)
+        counts = share.sum(0)
+        means = share.T @ z / counts[:, None]           # M: weighted means and covariances
+        for k in range(components):
+            centred = z - means[k]
+            covariances[k] = (share[:, k, None] * centred).T @ centred / counts[k]
+            covariances[k] += floor * torch.eye(d, dtype=z.dtype)
+            if counts[k] < d:                           # dying: begin again at the worst point
+                means[k], covariances[k], counts[k] = z[total.argmin()], whole, n / components
+        weights = counts / counts.sum()
+    return weights, means, torch.linalg.cholesky(covariances), history
+
+
+def sample_gmm(weights, means, factors, count):
+    """count draws (count, D), float32, from a mixture."""
+    k = torch.multinomial(weights, count, replacement=True)
+    eps = torch.randn(count, means.shape[1], 1, dtype=means.dtype)
+    return (means[k] + (factors[k] @ eps)[:, :, 0]).float()
+
+
+@torch.no_grad()
+def importance_weighted_bound(model, elbo_terms, images, labels=(), draws=100, counts=(1, 10, 100)):
+    """{K: upper bound on -log p(x) in nats} (Burda et al. 2016, arXiv:1509.00519, eq. 8).
+
+    log w = log p(x | z) + log p(z) - log q(z | x), and the bound is -mean log( 1/K sum_k w_k ).
+    K = 1 is the negative ELBO. All K share their draws, so that the bounds are ordered exactly.
+    """
+    log_w = []
+    for _ in range(draws):
+        mu, logvar = model.encode(images, *labels)
+        z = model.reparameterize(mu, logvar)
+        recon, _ = elbo_terms(model.decode(z, *labels), images, mu, logvar)
+        # log p(z) - log q(z | x); both have the same log 2 pi, which cancels
+        log_ratio = 0.5 * ((z - mu).pow(2) / logvar.exp() + logvar - z.pow(2)).sum(1)
+        log_w.append(log_ratio - recon)
+    log_w = torch.stack(log_w, dim=1).double().cpu()    # (N, draws)
+    return {k: -(log_w.unflatten(1, (-1, k)).logsumexp(2) - math.log(k)).mean().item()
+            for k in counts}
+
+
 # ---------------------------------------------------------------- one row of the table
 
 
-def measure(name, module, path, split, images, labels, floor, judge, real, device):
-    """(all figures of one trained model, the model); real: the features of these same images."""
+@torch.no_grad()
+def in_batches(function, device, *tensors):
+    """function of tensors with equal first axis, a thousand at a time on the device."""
+    batches = zip(*(tensor.split(1000) for tensor in tensors))
+    return torch.cat([function(*(t.to(device) for t in batch)).cpu() for batch in batches])
+
+
+def measure(name, module, path, split, data, judge, real, device):
+    """(all figures of one trained model, the model); real: judge's features of the split's images.
+
+    Three sources of z tell the prior's faults from the decoder's: N(0, I), the ex-post prior (Ghosh
+    et al. 2020, arXiv:1903.12436), and the codes of the images themselves (reconstructions)."""
     model, meta = module.load_model(path, device)
-    given = (labels.to(device),) if name == "CVAE" else ()
+    images, labels = getattr(data, f"{split}_images"), getattr(data, f"{split}_labels")
+    n, beta, conditional = len(images), meta["config"].get("beta"), name == "CVAE"
+
+    def draw(z, *y):
+        return in_batches(lambda *batch: model.decode(*batch).sigmoid(), device, z, *y)
+
     torch.manual_seed(meta["seed"])                     # the same noise as in the script's own test
-    beta = meta["config"].get("beta")
+    given = (labels,) if conditional else ()
     row = {"model": name if beta is None else f"{name} β={beta:g}", "latent_dim": model.latent_dim,
            "params": sum(p.numel() for p in model.parameters()),
-           **module.test(model, images.to(device), *given)}
-    row["excess"] = row["recon"] - floor
-    row |= {"fid_prior": None, "fid_gmm": None, "fid_recon": None, "control": None,
-            "control_recon": None, "seconds": meta["metrics"]["seconds"],
-            "trained_on": meta["device"]}
-    asked = torch.arange(len(images)) % 10 if name == "CVAE" else None
-    features, judged = look(judge, draw(model, len(images), device, asked))
+           **module.test(model, images.to(device), *(y.to(device) for y in given))}
+    row["excess"] = row["recon"] - data.floor[split]
+    row |= {"seconds": meta["metrics"]["seconds"], "trained_on": meta["device"]}
+    row |= dict.fromkeys(("fid_gmm", "fid_recon", "control", "control_gmm", "control_recon",
+                          "swap_asked", "swap_kept", "diversity"))
+    asked = (torch.arange(n) % 10,) if conditional else ()
+    features, judged = look(judge, draw(torch.randn(n, model.latent_dim), *asked))
     row["fid_prior"] = frechet_distance(features, real)
-    if name == "CVAE":
+    if beta is not None:                                # the sweep is compared by its samples only
+        return row, model
+    if conditional:
         row["total_plus_log10"] = row["total"] + math.log(10)
-        row["control"], row["control_by_class"] = controllability(judged, asked)
+        row["control"], row["control_by_class"] = controllability(judged, *asked)
+        row["diversity"] = diversity(features, judged, *asked, real, labels)
         classifier.confusion_figure(
-            asked, judged, path.with_name(f"{path.stem}-{split}-control.png"),
+            *asked, judged, path.with_name(f"{path.stem}-{split}-control.png"),
             f"Asked for a class, and judged as that class: {row['control']:.1%}")
-    if beta is None:                                    # the sweep is compared by its samples only
-        again = reconstruct(model, images, device, labels if given else None)
-        features, judged = look(judge, again)
-        row["fid_recon"] = frechet_distance(features, real)
-        row["control_recon"] = (judged == labels).double().mean().item()
+
+    def code(*batch):
+        return model.reparameterize(*model.encode(*batch))
+
+    known = (data.train_labels,) if conditional else ()
+    z = in_batches(code, device, data.train_images, *known)
+    if conditional:                                     # one Gaussian a class, else a mixture of 50
+        fits = [fit_gmm(z[known[0] == c], 1, iterations=1)[:3] for c in range(10)]
+        z = torch.cat([sample_gmm(*fit, n // 10) for fit in fits])
+        asked = (torch.arange(10).repeat_interleave(n // 10),)
+    else:
+        z = sample_gmm(*fit_gmm(z, 50)[:3], n)
+    features, judged = look(judge, draw(z, *asked))
+    row["fid_gmm"] = frechet_distance(features, real)
+    row["control_gmm"] = controllability(judged, *asked)[0] if conditional else None
+
+    z = in_batches(code, device, images, *given)
+    features, judged = look(judge, draw(z, *given))
+    row["fid_recon"] = frechet_distance(features, real)
+    row["control_recon"], _ = controllability(judged, labels)
+    if conditional:                                     # encode as y, decode as another class
+        other = (labels + torch.randint(1, 10, (n,))) % 10
+        _, judged = look(judge, draw(z, other))
+        row["swap_asked"] = (judged == other).double().mean().item()
+        row["swap_kept"] = (judged == labels).double().mean().item()
+    bounds = importance_weighted_bound(model, module.elbo_terms, images[:500].to(device),
+                                       [y[:500].to(device) for y in given])
+    row |= {f"iw_{k}": bound for k, bound in bounds.items()}
     return row, model
 
 
-def yardsticks(data, split, images, labels, judge):
-    """What the metrics would be for perfect and for hopeless models; and the real features."""
+def yardsticks(data, split, judge):
+    """The judge's features of the real images, and what the metrics say of perfect and hopeless."""
+    images, labels = getattr(data, f"{split}_images"), getattr(data, f"{split}_labels")
     real, judged = look(judge, images)
-    other = data.val_images if split == "test" else data.train_images[:len(images)]
+    other = data.val_images if split == "test" else data.train_images
     others, _ = look(judge, other[:len(images)])
     noise, _ = look(judge, torch.rand(images.shape))
     return real, {"classifier_accuracy": (judged == labels).double().mean().item(),
@@ -176,60 +253,59 @@ def average(rows):
 # ---------------------------------------------------------------- the tables and the pictures
 
 
-COLUMNS = (("model", "model", "{}"), ("z", "latent_dim", "{}"), ("params", "params", "{:,}"),
-           ("recon", "recon", "{:.2f}"), ("excess", "excess", "{:.2f}"), ("KL", "kl", "{:.2f}"),
-           ("total", "total", "{:.2f}"), ("FID prior", "fid_prior", "{:.2f}"),
-           ("FID recon", "fid_recon", "{:.2f}"), ("control", "control", "{:.1%}"),
-           ("seconds", "seconds", "{:.0f}"))
+# title, key in the row, format, is the spread over seeds shown?
+MAIN = (("model", "model", "{}", 0), ("z", "latent_dim", "{}", 0), ("params", "params", "{:,}", 0),
+        ("recon", "recon", "{:.2f}", 1), ("excess", "excess", "{:.2f}", 0),
+        ("KL", "kl", "{:.2f}", 1), ("total", "total", "{:.2f}", 1),
+        ("FID prior", "fid_prior", "{:.2f}", 1), ("FID recon", "fid_recon", "{:.2f}", 1),
+        ("control", "control", "{:.1%}", 1), ("seconds", "seconds", "{:.0f}", 0))
+MORE = (("model", "model", "{}", 0), ("FID ex-post", "fid_gmm", "{:.2f}", 1),
+        ("-ELBO", "iw_1", "{:.2f}", 0), ("IW 10", "iw_10", "{:.2f}", 0),
+        ("IW 100", "iw_100", "{:.2f}", 0), ("ctl ex-post", "control_gmm", "{:.1%}", 1),
+        ("ctl recon", "control_recon", "{:.1%}", 1), ("swap to", "swap_asked", "{:.1%}", 0),
+        ("still", "swap_kept", "{:.1%}", 0), ("diversity", "diversity", "{:.2f}", 1))
 
 
 def cell(value, form, spread=True):
     """One figure of the table: a dash where the metric does not apply, mean±std for several."""
-    if value is None:
-        return "–"
     if isinstance(value, dict):
         std = "±" + form.format(value["std"]).rstrip("%") if spread else ""
         return form.format(value["mean"]) + std
-    return form.format(value)
+    return "–" if value is None else form.format(value)
 
 
-def table_lines(rows, separator="  "):
-    """The final table as lines of text; with separator " | " it is Markdown."""
-    lines = [[title for title, _, _ in COLUMNS]]
-    for row in rows:  # excess and seconds share the spread of recon, or need none
-        lines.append([cell(row[key], form, key not in ("excess", "seconds"))
-                      for _, key, form in COLUMNS])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
-    texts = [separator.join(text.ljust(width) if i == 0 else text.rjust(width)
-                            for i, (text, width) in enumerate(zip(line, widths)))
-             for line in lines]
-    if separator == "  ":
-        return texts
-    rule = "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths))
-    texts = [f"| {text} |" for text in texts]
-    return [texts[0], f"|{rule}|", *texts[1:]]
+def table(rows, columns, markdown=False):
+    """Aligned lines of text; or of Markdown."""
+    lines = [[title for title, *_ in columns]]
+    lines += [[cell(row[key], form, spread) for _, key, form, spread in columns] for row in rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    if markdown:
+        lines.insert(1, ["-" * width for width in widths])
+    texts = [[text.rjust(w) for text, w in zip(line, widths)] for line in lines]
+    texts = [[line[0].strip().ljust(widths[0]), *line[1:]] for line in texts]
+    return [f"| {' | '.join(text)} |" if markdown else "  ".join(text) for text in texts]
 
 
-def report(results, separator="  "):
-    """The caption, the table, the yardsticks and the sentence on the CVAE, as lines."""
-    cvae_row, sticks = results["rows"][-1], results["yardsticks"]
-    seen = " (It was trained on most of the sample's val images.)" * (results["data"] == "sample")
-    total, beside = cvae_row["total"], cvae_row["total_plus_log10"]
+def report(results, markdown=False):
+    """The caption, both tables and how to read them, as lines."""
+    rows, sticks = results["rows"], results["yardsticks"]
+    seen = " (it was trained on most of these images)" * (results["data"] == "sample")
+    total, beside = rows[-1]["total"], rows[-1]["total_plus_log10"]
     return [
         f"Fashion-MNIST ({results['data']}), {results['split']} split, {sticks['fid_n']:,} images;"
-        f" nats per image; seeds {results['seeds']}; {results['device']}, torch"
-        f" {results['torch']}",
-        "", *table_lines(results["rows"], separator), "",
-        f"- Entropy floor {results['floor']:.2f}: no decoder can have a smaller recon;"
-        " excess = recon - floor; total = recon + KL.",
+        f" nats; seeds {results['seeds']}; {results['device']}, torch {results['torch']}",
+        "", *table(rows, MAIN, markdown), "",
+        f"- Entropy floor {results['floor']:.2f}: no decoder can have a smaller recon.",
+        f"- CVAE: {cell(total, '{:.2f}')} + log 10 = {cell(beside, '{:.2f}')} compares with a VAE's"
+        " total: -log p(x) <= -log p(x | y) + log 10.",
         f"- FID proxy: {sticks['fid_sampling_floor']:.3f} between real images and other real ones"
         f" (n = {sticks['fid_sampling_floor_n']:,}), {sticks['fid_noise']:.1f} for uniform noise.",
-        f"- The classifier is right on {sticks['classifier_accuracy']:.1%} of the real images"
-        f" and on {cell(cvae_row['control_recon'], '{:.1%}')} of the CVAE's reconstructions: the"
-        " difference is the price of blur." + seen,
-        f"- CVAE: {cell(total, '{:.2f}')} + log 10 = {cell(beside, '{:.2f}')} is the total to hold"
-        " beside a VAE's: the CVAE",
-        "  was told the label, and -log p(x) <= -log p(x | y) + log 10.",
+        f"- control: 10 % is chance; real images: {sticks['classifier_accuracy']:.1%}{seen}.",
+        "", *table([row for row in rows if row["fid_gmm"] is not None], MORE, markdown), "",
+        "- ex-post: z from a Gaussian mixture fitted to codes of training images, not N(0, I).",
+        "- -ELBO, IW 10, IW 100: ever tighter upper bounds on -log p of the same 500 images.",
+        "- ctl recon: reconstructions judged as their class. swap: encoded as y, decoded as y'.",
+        "- diversity within a class: 1 is as varied as real images, 0 one image a class.",
     ]
 
 
@@ -238,16 +314,16 @@ def gallery(models, images, labels, path, device):
     """Prior samples and reconstructions of the three main models beside real images."""
     torch.manual_seed(0)
     first = [int((labels == c).nonzero()[0]) for c in range(len(CLASSES))]
-    x, y = images[first], torch.arange(10)
-    samples, reconstructions = [x], [x]
+    x, y = images[first].to(device), torch.arange(10, device=device)
+    samples, again = [x], [x]
     for name, model in models.items():
-        given = y if name == "CVAE" else None
-        samples.append(draw(model, 10, device, given))
-        reconstructions.append(reconstruct(model, x, device, given))
-    names = ("real", *models)
-    for kind, stack in (("samples", samples), ("reconstructions", reconstructions)):
-        image_grid(torch.stack(stack)[:, :, 0], path.with_name(f"{path.stem}-{kind}.png"),
-                   f"Real images and {kind} of each model", names, CLASSES)
+        given = (y,) if name == "CVAE" else ()
+        z = torch.randn(10, model.latent_dim, device=device)
+        samples.append(model.decode(z, *given).sigmoid())
+        again.append(model(x, *given)[0].sigmoid())
+    for kind, images in (("samples", samples), ("reconstructions", again)):
+        image_grid(torch.stack(images)[:, :, 0], path.with_name(f"{path.stem}-{kind}.png"),
+                   f"Real images and {kind} of each model", ("real", *models), CLASSES)
 
 
 # ---------------------------------------------------------------- the study
@@ -290,16 +366,13 @@ def main(argv=None):
 
     print("\n=== section 6: metrics, up to 8 min on 2 CPU cores", flush=True)
     start = time.time()
-    images, labels = data.test_images, data.test_labels
-    if args.split == "val":
-        images, labels = data.val_images, data.val_labels
     torch.manual_seed(0)
-    real, sticks = yardsticks(data, args.split, images, labels, judge)
+    real, sticks = yardsticks(data, args.split, judge)
     rows, models = [], {}
     for name, module, *_ in STUDY:
         for runs in zip(*paths[name]):                  # the same model (or beta) under every seed
-            measured = [measure(name, module, path, args.split, images, labels,
-                                data.floor[args.split], judge, real, device) for path in runs]
+            measured = [measure(name, module, path, args.split, data, judge, real, device)
+                        for path in runs]
             rows.append(average([row for row, _ in measured]))
             if name != "β-VAE":
                 models[name] = measured[0][1]
@@ -312,15 +385,13 @@ def main(argv=None):
     trial = f"-epochs{args.epochs}" if args.epochs else ""
     seeds = "-".join(map(str, args.seeds))
     stem = args.out / f"results-{data.source}-{args.split}-seeds{seeds}{trial}"
-    gallery(models, images, labels, stem, device)
-    text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False)
-    markdown = "\n".join(report(results, " | ")) + "\n"
+    gallery(models, data.test_images, data.test_labels, stem, device)
+    text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    markdown = "\n".join(report(results, markdown=True)) + "\n"
     for name in (stem.name, "results"):                 # results.json is always the latest
-        for ending, content in ((".json", text + "\n"), (".md", markdown)):
-            path = args.out / f"{name}{ending}"
-            write_atomically(path, lambda file, content=content: file.write(content.encode()))
-            print(f"wrote {path}")
-    print("", *report(results), sep="\n")
+        write_atomically(args.out / f"{name}.json", lambda file: file.write(text.encode()))
+        write_atomically(args.out / f"{name}.md", lambda file: file.write(markdown.encode()))
+    print("", *report(results), f"-> {args.out / 'results.json'} = {stem}.json, .md", sep="\n")
     return [args.out / "results.json"]
 
 

@@ -658,38 +658,84 @@ def test_controllability_is_a_share_in_all_and_by_class():
         evaluate.controllability(judged, asked + 1)
 
 
-def test_prior_draws_are_normal_decoded_and_reconstructions_follow_their_image():
-    class Echo(torch.nn.Module):  # logits that show z
-        latent_dim = 1
+def test_batches_keep_the_order_and_give_each_image_its_label():
+    x, y = torch.arange(2300.0), torch.arange(2300) % 10
+    both = evaluate.in_batches(lambda a, b: a * 10 + b, torch.device("cpu"), x, y)
+    assert torch.equal(both, x * 10 + y)
 
-        def decode(self, z):
-            return z.view(-1, 1, 1, 1).expand(-1, 1, 28, 28)
 
-        def forward(self, x):
-            return x * 10 - 5, None, None
+def test_log_joint_is_that_of_torch_distributions():
     torch.manual_seed(0)
-    z = evaluate.draw(Echo(), 5500, torch.device("cpu"))[:, 0, 0, 0].logit()
-    assert len(z) == 5500 and abs(z.mean()) < 0.05 and abs(z.std() - 1) < 0.05
-    x = torch.rand(2300, 1, 28, 28)
-    again = evaluate.reconstruct(Echo(), x, torch.device("cpu"))
-    assert torch.allclose(again, (x * 10 - 5).sigmoid())
+    z, means, factors = torch.randn(9, 3), torch.randn(4, 3), torch.randn(4, 3, 3).tril()
+    factors.diagonal(dim1=1, dim2=2).abs_().add_(0.5)
+    weights = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    expected = torch.stack([weights[k].log() + torch.distributions.MultivariateNormal(
+        means[k], scale_tril=factors[k]).log_prob(z) for k in range(4)], 1)
+    assert torch.allclose(evaluate.log_joint(z, weights, means, factors), expected, atol=1e-4)
 
 
-def test_draws_get_their_own_label_and_reconstructions_a_random_z():
-    class Show(torch.nn.Module):  # an image as bright as its label, or as z
-        latent_dim = 1
+def test_em_finds_a_planted_mixture_and_its_likelihood_never_falls():
+    torch.manual_seed(0)
+    means = torch.tensor([[0.0, 0.0], [6.0, 0.0], [0.0, 6.0]])
+    z = torch.cat([m + torch.randn(n, 2) @ torch.tensor([[1.0, 0.5], [0.0, 0.8]])
+                   for m, n in zip(means, (1000, 2000, 3000))])
+    weights, found, factors, history = evaluate.fit_gmm(z, 3, floor=1e-6)
+    assert all(b >= a - 1e-9 for a, b in zip(history, history[1:]))
+    order = weights.argsort()
+    assert torch.allclose(weights[order], torch.tensor([1, 2, 3]).double() / 6, atol=0.02)
+    assert torch.allclose(found[order].float(), means, atol=0.1)
+    drawn = evaluate.sample_gmm(weights, found, factors, 50_000)
+    assert torch.allclose(drawn.mean(0), z.mean(0), atol=0.05)
+    assert torch.allclose(drawn.T.cov(), z.T.cov(), atol=0.15)
 
-        def decode(self, z, y):
-            return (y / 10 + 0.05).logit().view(-1, 1, 1, 1).expand(-1, 1, 28, 28)
 
-        def forward(self, x, y):
-            return torch.randn(len(x), 1, 1, 1).expand(-1, 1, 28, 28), None, None
-    y = torch.arange(33) % 10
-    images = evaluate.draw(Show(), 33, torch.device("cpu"), y, batch_size=7)
-    assert torch.equal((images[:, 0, 0, 0] * 10 - 0.5).round().long(), y)
-    model, x = vae.VAE(3), torch.rand(4, 1, 28, 28)
-    first, second = (evaluate.reconstruct(model, x, torch.device("cpu")) for _ in range(2))
-    assert not torch.equal(first, second)
+def test_em_with_one_component_is_the_sample_mean_and_covariance():
+    torch.manual_seed(0)
+    z = torch.randn(500, 4) @ torch.randn(4, 4) + 3
+    _, mean, factor, _ = evaluate.fit_gmm(z, 1, iterations=1, floor=0)
+    assert torch.allclose(mean[0].float(), z.mean(0), atol=1e-5)
+    assert torch.allclose((factor[0] @ factor[0].T).float(), z.T.cov(correction=0), atol=1e-4)
+
+
+def test_em_survives_more_components_than_clusters():
+    torch.manual_seed(0)
+    z = torch.cat([torch.zeros(40, 3), torch.ones(40, 3)]) + 1e-3 * torch.randn(80, 3)
+    weights, means, factors, history = evaluate.fit_gmm(z, 30)
+    for tensor in (weights, means, factors, torch.tensor(history)):
+        assert tensor.isfinite().all()
+    assert weights.sum() == pytest.approx(1)
+
+
+def test_importance_weighted_bounds_are_ordered_and_close_in_on_the_true_likelihood(sample):
+    torch.manual_seed(3)
+    model, x = vae.VAE(1, hidden=16), sample.test_images[:6]
+    for p in model.decoder.parameters():
+        p.data *= 3  # so that z matters and q is far from the true posterior
+    with torch.no_grad():
+        grid = torch.linspace(-9, 9, 3601)  # log p(x) by quadrature over the one latent dimension
+        log_prior = torch.distributions.Normal(0, 1).log_prob(grid)
+        logits = model.decode(grid[:, None])
+        truth = torch.stack([(log_prior - vae.elbo_terms(logits, i.expand_as(logits), grid[:, None],
+                                                         grid[:, None])[0]).double().logsumexp(0)
+                             + math.log(18 / 3600) for i in x[:, None]])
+    bounds = evaluate.importance_weighted_bound(model, vae.elbo_terms, x, draws=5000,
+                                                counts=(1, 10, 100, 5000))
+    assert bounds[1] > bounds[10] > bounds[100] > bounds[5000] - 1e-9
+    assert bounds[1] - bounds[5000] > 0.5  # the bound was loose enough for this to mean something
+    assert bounds[5000] == pytest.approx(-truth.mean().item(), abs=0.05)
+    # K = 1 is the negative ELBO, with the KL by Monte Carlo instead of in closed form
+    elbo = np.mean([vae.test(model, x)["total"] for _ in range(2000)])
+    assert bounds[1] == pytest.approx(elbo, abs=0.3)
+
+
+def test_diversity_is_1_for_real_images_and_0_for_one_image_a_class():
+    torch.manual_seed(0)
+    labels = torch.arange(200) % 10
+    real = torch.randn(200, 5)
+    assert evaluate.diversity(real, labels, labels, real, labels) == pytest.approx(1)
+    assert evaluate.diversity(real / 2, labels, labels, real, labels) == pytest.approx(0.5)
+    assert evaluate.diversity(real[:1].expand(200, 5), labels, labels, real, labels) < 1e-3
+    assert evaluate.diversity(real, labels, (labels + 1) % 10, real, labels) is None
 
 
 def test_seeds_are_averaged_with_n_minus_1():
@@ -815,7 +861,11 @@ def test_evaluate_reuses_the_checkpoints_and_its_table_adds_up(tmp_path, study):
     assert last["total_plus_log10"] == pytest.approx(last["total"] + math.log(10))
     assert f"+ log 10 = {last['total_plus_log10']:.2f}" in text
     table = text[text.index("model "):].split("\n\n")[0].splitlines()
-    assert len(table) == 8 and max(map(len, table)) <= 100
+    assert len(table) == 8 and max(map(len, text[text.index("model "):].splitlines())) <= 100
+    for row in (results["rows"][0], results["rows"][1], results["rows"][-1]):
+        assert row["iw_1"] > row["iw_10"] > row["iw_100"] > results["floor"] - 20
+        assert row["fid_gmm"] > 0
+    assert last["swap_asked"] + last["swap_kept"] <= 1
 
 
 def test_evaluate_refuses_a_checkpoint_of_another_study(tmp_path, study, capsys):
@@ -854,11 +904,11 @@ def test_classifier_trains_and_measures_the_reloaded_file(tiny, tmp_path, monkey
 
 def test_readme_shows_the_recorded_table():
     recorded = (HERE / "results" / "results.md").read_text(encoding="utf-8")
-    table = [line for line in recorded.splitlines() if line.startswith("|")]
-    assert len(table) == 9
-    assert "\n".join(table) in (HERE / "README.md").read_text(encoding="utf-8")
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    for table in re.findall(r"(?:^\|.*\n)+", recorded, re.MULTILINE):
+        assert table in readme
     results = json.loads((HERE / "results" / "results.json").read_text(encoding="utf-8"))
     assert results["data"] == "full" and results["split"] == "test"
-    assert "\n".join(table) == "\n".join(evaluate.table_lines(results["rows"], " | "))
+    assert recorded == "\n".join(evaluate.report(results, markdown=True)) + "\n"
     totals = {row["model"]: row["total"] for row in results["rows"]}
     assert totals["Conv VAE"] < totals["MLP VAE"]
