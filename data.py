@@ -314,7 +314,7 @@ def image_grid(images, path, title="", rows=(), columns=()):
     height, width = images.shape[:2]
     canvas = torch.nn.functional.pad(images.detach().cpu(), (1, 1, 1, 1), value=1.0)  # white seams
     canvas = canvas.transpose(1, 2).reshape(height * 30, width * 30)
-    figure = Figure((0.6 * width + 1.2 * bool(rows), 0.6 * height + 0.6), 110, layout="constrained")
+    figure = Figure((0.6 * width + 1.2 * bool(rows), 0.6 * height + 0.6), 85, layout="constrained")
     axes = figure.add_subplot(title=title)
     axes.imshow(canvas.numpy(), cmap="gray", vmin=0, vmax=1)
     axes.set_yticks([30 * i + 15 for i in range(len(rows))], rows)

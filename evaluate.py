@@ -82,14 +82,14 @@ def diversity(features, judged, asked, real_features, labels):
     return sum(ratios) / len(ratios) if ratios else None
 
 
-def log_joint(z, weights, means, factors):
-    """log( weight_k N(z | mean_k, L_k L_k^T) ) for z (N, D) -> (N, K)."""
-    columns = []
+def log_joint(columns, weights, means, factors):
+    """log( weight_k N(z | mean_k, L_k L_k^T) ) of z as columns (D, N) -> (K, N)."""
+    rows = []
     for weight, mean, factor in zip(weights, means, factors):
-        white = torch.linalg.solve_triangular(factor, (z - mean).T, upper=False)     # (D, N)
+        white = torch.linalg.inv(factor) @ (columns - mean[:, None])        # (D, N)
         log_det = factor.diagonal().log().sum() + len(mean) / 2 * math.log(2 * math.pi)
-        columns.append(weight.log() - log_det - 0.5 * white.pow(2).sum(0))
-    return torch.stack(columns, dim=1)
+        rows.append(weight.log() - log_det - 0.5 * white.pow(2).sum(0))
+    return torch.stack(rows)
 
 
 def fit_gmm(z, components, iterations=30, floor=1e-3):
@@ -97,25 +97,25 @@ def fit_gmm(z, components, iterations=30, floor=1e-3):
 
     Returns weights (K,), means (K, D), Cholesky factors (K, D, D), and the mean log-likelihood
     before each step, which never falls (save where a dying component is seeded anew)."""
-    z, (n, d) = z.double(), z.shape
-    means, nearest = z[torch.randint(n, (1,))], torch.full((n,), math.inf, dtype=z.dtype)
+    n, d = z.shape
+    means, nearest = z[torch.randint(n, (1,))], z.new_full((n,), math.inf)
     while len(means) < components:                      # k-means++: far points are likely seeds
         nearest = torch.minimum(nearest, (z - means[-1]).pow(2).sum(1))
         means = torch.cat([means, z[torch.multinomial(nearest, 1)]])
-    whole = torch.atleast_2d(z.T.cov()) + floor * torch.eye(d, dtype=z.dtype)
-    weights, covariances = torch.full((components,), 1 / components), whole.repeat(components, 1, 1)
+    columns, small = z.T.contiguous(), floor * torch.eye(d).to(z)
+    whole = torch.atleast_2d(columns.cov()) + small
+    weights, covariances = z.new_full((components,), 1 / components), whole.repeat(components, 1, 1)
     history = []
     for _ in range(iterations):
-        joint = log_joint(z, weights.double(), means, torch.linalg.cholesky(covariances))
-        total = joint.logsumexp(1, keepdim=True)        # log p(z), (N, 1)
+        joint = log_joint(columns, weights, means, torch.linalg.cholesky(covariances))
+        total = joint.logsumexp(0)                      # log p(z), (N,)
         history.append(total.mean().item())
-        share = (joint - total).exp()                   # E: who made which z, (N, K)
-        counts = share.sum(0)
-        means = share.T @ z / counts[:, None]           # M: weighted means and covariances
+        share = (joint - total).exp()                   # E: who made which z, (K, N)
+        counts = share.sum(1)
+        means = share @ z / counts[:, None]             # M: weighted means and covariances
         for k in range(components):
-            centred = z - means[k]
-            covariances[k] = (share[:, k, None] * centred).T @ centred / counts[k]
-            covariances[k] += floor * torch.eye(d, dtype=z.dtype)
+            centred = columns - means[k][:, None]       # (D, N)
+            covariances[k] = (share[k] * centred) @ centred.T / counts[k] + small
             if counts[k] < d:                           # dying: begin again at the worst point
                 means[k], covariances[k], counts[k] = z[total.argmin()], whole, n / components
         weights = counts / counts.sum()
@@ -123,10 +123,10 @@ def fit_gmm(z, components, iterations=30, floor=1e-3):
 
 
 def sample_gmm(weights, means, factors, count):
-    """count draws (count, D), float32, from a mixture."""
+    """Draws (count, D) from a mixture."""
     k = torch.multinomial(weights, count, replacement=True)
     eps = torch.randn(count, means.shape[1], 1, dtype=means.dtype)
-    return (means[k] + (factors[k] @ eps)[:, :, 0]).float()
+    return means[k] + (factors[k] @ eps)[:, :, 0]
 
 
 @torch.no_grad()
@@ -217,8 +217,8 @@ def measure(name, module, path, split, data, judge, real, device):
         _, judged = look(judge, draw(z, other))
         row["swap_asked"] = (judged == other).double().mean().item()
         row["swap_kept"] = (judged == labels).double().mean().item()
-    bounds = importance_weighted_bound(model, module.elbo_terms, images[:500].to(device),
-                                       [y[:500].to(device) for y in given])
+    bounds = importance_weighted_bound(model, module.elbo_terms, images[:n // 20].to(device),
+                                       [y[:n // 20].to(device) for y in given])
     row |= {f"iw_{k}": bound for k, bound in bounds.items()}
     return row, model
 
@@ -303,7 +303,8 @@ def report(results, markdown=False):
         f"- control: 10 % is chance; real images: {sticks['classifier_accuracy']:.1%}{seen}.",
         "", *table([row for row in rows if row["fid_gmm"] is not None], MORE, markdown), "",
         "- ex-post: z from a Gaussian mixture fitted to codes of training images, not N(0, I).",
-        "- -ELBO, IW 10, IW 100: ever tighter upper bounds on -log p of the same 500 images.",
+        "- -ELBO, IW 10, IW 100: ever tighter upper bounds on -log p; of the same"
+        f" {sticks['fid_n'] // 20} images.",
         "- ctl recon: reconstructions judged as their class. swap: encoded as y, decoded as y'.",
         "- diversity within a class: 1 is as varied as real images, 0 one image a class.",
     ]
