@@ -102,9 +102,9 @@ def download(name, folder):
                         print(f"\r{url}: {len(raw) / 1e6:.1f} MB", end="", file=sys.stderr)
             unpack(raw, name, url)
         except Exception as error:  # whatever a network can do means the same: the next mirror
-            print(f"\nno luck with {url}: {error}", file=sys.stderr)
+            print("\n" * bool(raw) + f"no luck with {url}: {error}", file=sys.stderr)
             continue
-        print(f"\ngot {url}", file=sys.stderr)
+        print("\n" * sys.stderr.isatty() + f"got {url}", file=sys.stderr)
         return write_atomically(folder / f"{name}.gz", lambda file: file.write(raw))
     raise OSError(f"no mirror could give {name}.gz")
 

@@ -15,7 +15,7 @@ features. These are not Inception's features: a *proxy*, comparable within this 
     python evaluate.py --split val        # the same metrics on validation: for choosing
     python evaluate.py --data sample      # a few minutes, on 8,000 embedded images
 
-Expect (full data, seed 0): 20 to 25 min on 2 CPU cores; the table is in the README. Left out: the real Inception FID.
+Expect: 20 to 25 min on 2 CPU cores (full data), and the table that stands in the README.
 """
 import json
 import math
@@ -289,7 +289,7 @@ def table(rows, columns, markdown=False):
 def report(results, markdown=False):
     """The caption, both tables and how to read them, as lines."""
     rows, sticks = results["rows"], results["yardsticks"]
-    seen = " (it was trained on most of these images)" * (results["data"] == "sample")
+    seen = "sample" == results["data"] and "val" == results["split"]
     total, beside = rows[-1]["total"], rows[-1]["total_plus_log10"]
     return [
         f"Fashion-MNIST ({results['data']}), {results['split']} split, {sticks['fid_n']:,} images;"
@@ -300,11 +300,11 @@ def report(results, markdown=False):
         " total: -log p(x) <= -log p(x | y) + log 10.",
         f"- FID proxy: {sticks['fid_sampling_floor']:.3f} between real images and other real ones"
         f" (n = {sticks['fid_sampling_floor_n']:,}), {sticks['fid_noise']:.1f} for uniform noise.",
-        f"- control: 10 % is chance; real images: {sticks['classifier_accuracy']:.1%}{seen}.",
+        f"- control: 10 % is chance; real images: {sticks['classifier_accuracy']:.1%}"
+        f"{' (it was trained on most of them)' if seen else ''}.",
         "", *table([row for row in rows if row["fid_gmm"] is not None], MORE, markdown), "",
         "- ex-post: z from a Gaussian mixture fitted to codes of training images, not N(0, I).",
-        "- -ELBO, IW 10, IW 100: ever tighter upper bounds on -log p, for the same"
-        f" {sticks['fid_n'] // 20} images.",
+        f"- -ELBO, IW 10, IW 100: upper bounds on -log p, for the same {sticks['fid_n'] // 20} images.",
         "- ctl recon: reconstructions judged as their class. swap: encoded as y, decoded as y'.",
         "- diversity within a class: 1 is as varied as real images, 0 one image a class.",
     ]
