@@ -304,7 +304,7 @@ def report(results, markdown=False):
         f"{' (it was trained on most of them)' if seen else ''}.",
         "", *table([row for row in rows if row["fid_gmm"] is not None], MORE, markdown), "",
         "- ex-post: z from a Gaussian mixture fitted to codes of training images, not N(0, I).",
-        f"- -ELBO, IW 10, IW 100: upper bounds on -log p, for the same {sticks['fid_n'] // 20} images.",
+        f"- -ELBO, IW 10, IW 100: bounds on -log p of the same {sticks['fid_n'] // 20} images.",
         "- ctl recon: reconstructions judged as their class. swap: encoded as y, decoded as y'.",
         "- diversity within a class: 1 is as varied as real images, 0 one image a class.",
     ]
