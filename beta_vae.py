@@ -199,7 +199,7 @@ def pictures(models, data, path, device):
 def plot_tradeoff(rows, path):
     """The rate-distortion curve: KL against excess recon, and the line of equal total."""
     figure = Figure((6, 4.2), 110, layout="constrained")
-    axes = figure.add_subplot(title="What does a nat of KL buy?", xmargin=0.15,
+    axes = figure.add_subplot(title="What does a nat of KL buy?", xmargin=0.25,
                               xlabel="KL (rate), nats", ylabel="excess recon (distortion), nats")
     axes.plot([row["kl"] for row in rows], [row["excess"] for row in rows], "o-")
     best = min(rows, key=lambda row: row["total"])

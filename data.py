@@ -340,6 +340,9 @@ def explore(data, out):
               f" {x.min():.0f} to {x.max():.0f}, mean {x.mean():.4f}, std {x.std():.4f},"
               f" {(x == 0).float().mean():.1%} exactly 0")
         bars.bar(torch.arange(10) + 0.27 * (i - 1), counts / len(y), 0.25, label=split)
+    mean = data.train_images.mean(0).clamp(1e-6, 1 - 1e-6).expand_as(data.test_images)
+    bce = torch.nn.functional.binary_cross_entropy(mean, data.test_images, reduction="none")
+    print(f"the mean training image as the guess for all of test: {bce.sum() / len(bce):.2f} nats")
     bars.set_xticks(range(10), CLASSES, rotation=30, ha="right")
     bars.legend(loc="lower right")
     save_figure(figure, out / "data-classes.png")
@@ -347,7 +350,7 @@ def explore(data, out):
     figure = Figure((8, 3.5), 110, layout="constrained")
     axes = figure.add_subplot(title=f"{(pixels == 0).mean():.0%} of all pixels are black, the rest"
                               " takes every grey", xlabel="pixel value", ylabel="share of pixels")
-    axes.hist(pixels, 64, (0, 1), weights=np.full(len(pixels), 1 / len(pixels)), log=True)
+    axes.hist(pixels, bins=64, weights=np.full(len(pixels), 1 / len(pixels)), log=True)
     save_figure(figure, out / "data-pixels.png")
 
 

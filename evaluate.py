@@ -324,7 +324,7 @@ def gallery(models, images, labels, path, device):
         again.append(model(x, *given)[0].sigmoid())
     for kind, images in (("samples", samples), ("reconstructions", again)):
         image_grid(torch.stack(images)[:, :, 0], path.with_name(f"{path.stem}-{kind}.png"),
-                   f"Real images and {kind} of each model", ("real", *models), CLASSES)
+                   f"{kind} (only the CVAE is told the class)", ("real", *models), CLASSES)
 
 
 # ---------------------------------------------------------------- the study
