@@ -72,7 +72,7 @@ def controllability(judged, asked):
 
 def diversity(features, judged, asked, real_features, labels):
     """Mean pairwise distance within a class, of the images judged as asked for, over that of real
-    images: 1 is as varied as life, 0 is one image a class (which could win every other metric)."""
+    images: 1 is as varied as life, 0 is one image a class (which could win control)."""
     ratios = []
     for c in range(len(CLASSES)):
         drawn = features[(asked == c) & (judged == c)]

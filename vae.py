@@ -3,11 +3,11 @@
 A VAE (Kingma & Welling 2014, arXiv:1312.6114) supposes that each image x was made in two steps:
 draw z ~ N(0, I), then x ~ p(x | z), a neural network (the decoder). A second network (the encoder)
 guesses which z may have made a given x: q(z | x) = N(mu, diag sigma^2). Both are trained together
-to minimise an upper bound on -log p(x), the negative ELBO (their eq. 3):
+to minimise an upper bound on -log p(x), the negative evidence lower bound (ELBO, their eq. 3):
 
     loss  =  E_q[ -log p(x | z) ]  +  KL( q(z | x) || N(0, I) )
-              recon: nats to describe      kl: nats that z
-              the image, given z           itself costs
+              recon: nats to describe   |  kl: nats that z
+              the image, given z        |  itself costs
 
 Both terms are in nats per image: summed over pixels and over latents, averaged over images.
 
@@ -16,7 +16,7 @@ Both terms are in nats per image: summed over pixels and over latents, averaged 
 Expect (full data, seed 0): about 2 min on 2 CPU cores; on the test images recon
 225.44 (35.59 above the floor), KL 12.89, total 238.33. Reconstructions: right shape, but blurred.
 Try: --latent-dim 2, and scatter mu of the test images coloured by label. Or average the BCE over
-the pixels (a common mistake; with --out try): the KL weighs 784 times too much, all images are one.
+the pixels (a common mistake; with --out try): the KL weighs 784 times too much, z says nothing.
 Left out on purpose: dropout, normalisation layers, learned pixel variance, any trainer class.
 """
 import time
