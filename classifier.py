@@ -200,7 +200,7 @@ def confusion_figure(asked, judged, path, title):
     share = counts / counts.sum(1, keepdim=True).clamp(min=1)
     figure = Figure(figsize=(6, 5.5), dpi=110, layout="constrained")
     axes = figure.add_subplot(title=title, xlabel="judged as", ylabel="true or requested class")
-    axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    axes.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=1)
     axes.set_xticks(range(10), CLASSES, rotation=45, ha="right")
     axes.set_yticks(range(10), CLASSES)
     for row in range(10):

@@ -14,8 +14,8 @@ so that z learns to carry something before it has to pay for it. Evaluation alwa
 
 Expect (full data, seed 0): about 5 min on 2 CPU cores; on the test images recon
 222.26 (32.40 above the floor), KL 14.68, total 236.94: 1.4 nats below the MLP of section 2.
-Try: --warmup-epochs 0. On validation it ended lower, 234.94 against 235.32 (one seed each): here the
-warm-up does not pay for itself. It stays as the lesson of this section.
+Try: --warmup-epochs 0. On validation that ended lower, 234.94 against 235.32 (one seed each): here
+the warm-up does not pay for itself. It stays as the lesson of this section.
 Left out on purpose: normalisation layers (they learn faster at first and end worse here), a deeper
 residual stack, free bits, any change of the loss.
 """
