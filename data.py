@@ -271,7 +271,7 @@ def read_checkpoint(path, **expected):
         meta = torch.load(path, map_location="cpu", weights_only=True)
         found = {name: meta[name] for name in expected}
     except Exception as error:  # pickle, zip and key errors alike: no checkpoint of ours
-        raise UserError(f"{path}: no usable checkpoint ({type(error).__name__}): delete, or restore")
+        raise UserError(f"{path}: no usable checkpoint ({type(error).__name__}): replace it")
     if found != expected:
         raise UserError(f"{path}: holds {found}, not {expected}; move it or choose another --out")
     return meta
