@@ -17,14 +17,12 @@ KL 22.1, 12.1, 6.1, 4.3, and 10, 6, 5, 4 of the 10 dimensions active: the others
 Try: --betas 0 (an autoencoder: look at its samples), --betas 100. Left out: disentanglement scores.
 """
 import time
-from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
 
-from data import (CLASSES, Parser, UserError, announce, command, describe, image_grid, load,
-                  load_weights, pick_device, read_checkpoint, run_path, save_checkpoint,
-                  save_figure)
+from data import (CLASSES, Parser, UserError, command, describe, image_grid, load, pick_device,
+                  read_checkpoint, run_path, save_checkpoint, write_atomically)
 
 # ---------------------------------------------------------------- the model
 
@@ -103,7 +101,7 @@ def train(model, data, epochs, batch_size, lr, device, beta):
             x = x_train[batch.to(device)]               # (B, 1, 28, 28)
             logits, mu, logvar = model(x)
             recon, kl = elbo_terms(logits, x, mu, logvar)
-            loss = (recon + beta * kl).mean()             # the one change in the loop
+            loss = (recon + beta * kl).mean()           # the one change in the loop
             if not torch.isfinite(loss):
                 raise UserError(f"loss is {loss.item()} in epoch {epoch}, step {step}: lower --lr")
             optimizer.zero_grad()
@@ -207,7 +205,7 @@ def plot_tradeoff(rows, path):
     for row in rows:
         axes.annotate(f"   beta {row['beta']:g}", (row["kl"], row["excess"]))
     axes.legend()
-    save_figure(figure, path)
+    write_atomically(path, figure.savefig)
 
 
 def plot_curves(history, path):
@@ -220,7 +218,7 @@ def plot_curves(history, path):
         axes.plot(epochs, [h[name] for h in history], "o-", ms=3, label=f"train {name}")
         axes.plot(epochs, [h[f"val_{name}"] for h in history], "s--", ms=3, label=f"val {name}")
         axes.legend()
-    save_figure(figure, path)
+    write_atomically(path, figure.savefig)
 
 
 # ---------------------------------------------------------------- the section
@@ -228,9 +226,8 @@ def plot_curves(history, path):
 
 def load_model(path, device="cpu"):
     """(trained model in eval mode, meta) from a checkpoint; UserError where it does not fit."""
-    meta = read_checkpoint(path, script="beta_vae")
-    model = load_weights(BetaVAE(meta["config"]["latent_dim"]), meta, path)
-    return model.to(device), meta
+    meta = read_checkpoint(path, lambda config: BetaVAE(config["latent_dim"]), script="beta_vae")
+    return meta["model"].to(device), meta
 
 
 def train_one(beta, args, data, device, path, config):
@@ -241,13 +238,12 @@ def train_one(beta, args, data, device, path, config):
     history = train(model, data, args.epochs, args.batch_size, args.lr, device, beta)
     torch.manual_seed(args.seed)                        # evaluate.py repeats exactly this test
     metrics = test(model, data.test_images.to(device)) | {"seconds": time.time() - start}
-    metrics["excess"] = metrics["recon"] - data.floor["test"]
     mu, _ = posterior(model, data.test_images)
     metrics["active_units"] = active_units(mu)
     metrics["probe"] = linear_probe(posterior(model, data.train_images)[0], data.train_labels,
                                     mu, data.test_labels)
     save_checkpoint(path, script="beta_vae", config=config, source=data.source, seed=args.seed,
-                    device=str(device), metrics=metrics, state_dict=model.state_dict())
+                    metrics=metrics, state_dict=model.state_dict())
     plot_curves(history, path.with_name(f"{path.stem}-curves.png"))
 
 
@@ -268,7 +264,9 @@ def main(argv=None):
         raise UserError(f"--betas {args.betas}: name each once, in rising order")
     device = pick_device(args.device)
     data = load(args.data)
-    announce(args, device, data, BetaVAE(args.latent_dim))
+    print(*(f"{name}={value}" for name, value in vars(args).items()))
+    parameters = sum(p.numel() for p in BetaVAE(args.latent_dim).parameters())
+    print(f"device {device}, {parameters:,} parameters for each beta", flush=True)
     flags = "epochs", "batch_size", "lr", "latent_dim"
     base, config = run_path(parser, args, "beta_vae", data.source, *flags)
     sweep, _ = run_path(parser, args, "beta_vae", data.source, *flags, "betas")
@@ -280,7 +278,8 @@ def main(argv=None):
             train_one(beta, args, data, device, path, config | {"beta": beta})
         read_checkpoint(path, config=config | {"beta": beta}, source=data.source, seed=args.seed)
         models[beta], meta = load_model(path, device)
-        rows.append(meta["metrics"] | {"beta": beta})
+        excess = meta["metrics"]["recon"] - data.floor["test"]
+        rows.append(meta["metrics"] | {"beta": beta, "excess": excess})
         paths.append(path)
         kl = dimension_kl(*posterior(models[beta], data.test_images))
         plot_traversals(models[beta], data.test_images[:1], kl, beta,
@@ -292,7 +291,8 @@ def main(argv=None):
     for r in rows:
         print(f"{r['beta']:6g}  {r['recon']:.2f}  {r['excess']:6.2f}  {r['kl']:5.2f}  "
               f"{r['total']:.2f}  {r['active_units']:6}  {r['probe']:.1%}")
-    print(*paths, sep="\n")
+    print("->", *paths, f"and beside them -traversals.png, -curves.png; {sweep.stem}-tradeoff.png,"
+          " -reconstructions.png, -samples.png", sep="\n")
     return paths
 
 

@@ -16,18 +16,16 @@ Expect (full data, seed 0): about 5 min on 2 CPU cores; on the test images recon
 222.26 (32.40 above the floor), KL 14.68, total 236.94: 1.4 nats below the MLP of section 2.
 Try: --warmup-epochs 0. On validation that ended lower, 234.94 against 235.32 (one seed each): here
 the warm-up does not pay for itself. It stays as the lesson of this section.
-Left out on purpose: normalisation layers (they learn faster at first and end worse here), a deeper
-residual stack, free bits, any change of the loss.
+Left out on purpose: normalisation layers, a deeper residual stack, free bits, any other loss.
 """
+import contextlib
 import time
-from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
 
-from data import (CLASSES, Parser, UserError, announce, command, describe, image_grid, load,
-                  load_weights, mixed_precision, pick_device, read_checkpoint, run_path,
-                  save_checkpoint, save_figure)
+from data import (CLASSES, Parser, UserError, command, describe, image_grid, load, pick_device,
+                  read_checkpoint, run_path, save_checkpoint, write_atomically)
 
 # ---------------------------------------------------------------- the model
 
@@ -115,6 +113,14 @@ def kl_weight(step, warmup_steps):
     return min(1.0, step / warmup_steps) if warmup_steps else 1.0
 
 
+def mixed_precision(device):
+    """A context: bfloat16 where the hardware has it; elsewhere it is emulated and slow, so not."""
+    fast = device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
+    if device.type == "cpu" and hasattr(torch.cpu, "_is_avx512_bf16_supported"):
+        fast = torch.cpu._is_avx512_bf16_supported()
+    return torch.autocast(device.type, torch.bfloat16) if fast else contextlib.nullcontext()
+
+
 def train(model, data, epochs, batch_size, lr, device, warmup_epochs):
     """Adam and OneCycle: the learning rate rises to `lr` for 30 % of the steps, then falls to 0
     (and Adam's beta1 goes from 0.95 to 0.85 and back). Returns one dict an epoch."""
@@ -172,17 +178,23 @@ def test(model, images, batch_size=1000):
 
 
 @torch.no_grad()
-def pictures(model, data, history, path, device):
-    """Reconstructions, samples from the prior, curves: PNGs beside the checkpoint."""
+def show(model, data, device):
+    """One test image of each class and its reconstruction, (10, 28, 28); 80 prior samples."""
     model.eval()
     first = [int((data.test_labels == c).nonzero()[0]) for c in range(len(CLASSES))]
-    x = data.test_images[first].to(device)              # one image of each class
+    x = data.test_images[first].to(device)              # (10, 1, 28, 28)
     logits, _, _ = model(x)
-    image_grid(torch.stack([x[:, 0], logits[:, 0].sigmoid()]),
+    z = torch.randn(80, model.latent_dim, device=device)
+    return {"original": x[:, 0].cpu(), "reconstruction": logits[:, 0].sigmoid().cpu(),
+            "sample": model.decode(z)[:, 0].sigmoid().cpu()}
+
+
+def pictures(shown, history, path):
+    """Reconstructions, samples from the prior, curves: PNGs beside the checkpoint."""
+    image_grid(torch.stack([shown["original"], shown["reconstruction"]]),
                path.with_name(f"{path.stem}-reconstructions.png"),
                "Test images and their reconstructions", ("original", "decoded z"), CLASSES)
-    z = torch.randn(80, model.latent_dim, device=device)
-    image_grid(model.decode(z).sigmoid().view(8, 10, 28, 28),
+    image_grid(shown["sample"].view(8, 10, 28, 28),
                path.with_name(f"{path.stem}-samples.png"), "Decoded draws from the prior N(0, I)")
     plot_curves(history, path.with_name(f"{path.stem}-curves.png"))
 
@@ -197,7 +209,7 @@ def plot_curves(history, path):
         axes.plot(epochs, [h[name] for h in history], "o-", ms=3, label=f"train {name}")
         axes.plot(epochs, [h[f"val_{name}"] for h in history], "s--", ms=3, label=f"val {name}")
         axes.legend()
-    save_figure(figure, path)
+    write_atomically(path, figure.savefig)
 
 
 def plot_warmup(history, path):
@@ -206,38 +218,31 @@ def plot_warmup(history, path):
     axes = figure.add_subplot(title="KL warm-up: z is cheap at first, then pays in full",
                               xlabel="training step", ylabel="KL weight w")
     axes.plot([w for h in history for w in h["weights"]])
-    save_figure(figure, path)
-
-
-@torch.no_grad()
-def beside_baseline(model, metrics, data, path, device):
-    """Where section 2 was run before: its reconstructions and its numbers beside these."""
-    same, default = path.stem.replace("conv_vae", "vae"), "-".join(path.stem.split("-")[:3])
-    baseline = path.with_name(f"{same}.pt")
-    if not baseline.exists():                           # other flags: take the default baseline
-        baseline = path.with_name(f"{default.replace('conv_vae', 'vae')}.pt")
-    if not (baseline.exists() and Path(__file__).with_name("vae.py").exists()):
-        return print(f"(to compare with the baseline, run vae.py first: no {baseline} yet)")
-    import vae  # only here: this file also runs without that one
-    mlp, meta = vae.load_model(baseline, device)
-    x = data.test_images[10:20].to(device)
-    rows = [x] + [m.eval()(x)[0].sigmoid() for m in (mlp, model)]
-    mlp_metrics = meta["metrics"]
-    totals = [f"MLP {mlp_metrics['total']:.1f}", f"conv {metrics['total']:.1f}"]
-    image_grid(torch.stack(rows)[:, :, 0], path.with_name(f"{path.stem}-beside-mlp.png"),
-               "Reconstructions and test totals (nats per image)", ("original", *totals))
-    print("".join(f"  {k}: MLP {mlp_metrics[k]:.2f} -> conv {metrics[k]:.2f}"
-                  for k in ("recon", "kl", "total")))
+    write_atomically(path, figure.savefig)
 
 
 # ---------------------------------------------------------------- the section
 
 
+def compare(metrics, shown, path, baseline):
+    """Numbers and pictures of section 2, where it was run before, beside these."""
+    if not baseline.exists():
+        print(f"(run vae.py as well to compare with the baseline: there is no {baseline} yet)")
+        return
+    mlp = read_checkpoint(baseline, script="vae")
+    for name in ("recon", "kl", "total"):
+        print(f"{name:>5}: MLP {mlp['metrics'][name]:.2f}, conv {metrics[name]:.2f}")
+    grid = [shown["original"], mlp["shown"]["reconstruction"], shown["reconstruction"],
+            mlp["shown"]["sample"][:10], shown["sample"][:10]]
+    image_grid(torch.stack(grid), path.with_name(f"{path.stem}-beside-mlp.png"),
+               f"Test total: MLP {mlp['metrics']['total']:.1f}, conv {metrics['total']:.1f} nats",
+               ("original", "MLP", "conv", "MLP sample", "conv sample"))
+
+
 def load_model(path, device="cpu"):
     """(trained model in eval mode, meta) from a checkpoint; UserError where it does not fit."""
-    meta = read_checkpoint(path, script="conv_vae")
-    model = load_weights(ConvVAE(meta["config"]["latent_dim"]), meta, path)
-    return model.to(device), meta
+    meta = read_checkpoint(path, lambda config: ConvVAE(config["latent_dim"]), script="conv_vae")
+    return meta["model"].to(device), meta
 
 
 @command
@@ -255,12 +260,14 @@ def main(argv=None):
     args = parser.parse_args(argv)
 
     if args.warmup_epochs > args.epochs:
-        raise UserError("--warmup-epochs is more than --epochs: the KL would never weigh in full")
+        raise UserError(f"--warmup-epochs {args.warmup_epochs} is more than --epochs {args.epochs}:"
+                        " lower it, or the KL never weighs in full")
     device = pick_device(args.device)
     data = load(args.data)
     torch.manual_seed(args.seed)
     model = ConvVAE(args.latent_dim).to(device)
-    announce(args, device, data, model)
+    print(*(f"{name}={value}" for name, value in vars(args).items()))
+    print(f"device {device}, {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     path, config = run_path(parser, args, "conv_vae", data.source,
                             "epochs", "batch_size", "lr", "latent_dim", "warmup_epochs")
     if args.reuse and path.exists():
@@ -271,13 +278,15 @@ def main(argv=None):
     history = train(model, data, args.epochs, args.batch_size, args.lr, device, args.warmup_epochs)
     torch.manual_seed(args.seed)                        # evaluate.py repeats exactly this test
     metrics = test(model, data.test_images.to(device)) | {"seconds": time.time() - start}
+    shown = show(model, data, device)
     save_checkpoint(path, script="conv_vae", config=config, source=data.source, seed=args.seed,
-                    device=str(device), metrics=metrics, state_dict=model.state_dict())
-    pictures(model, data, history, path, device)
+                    metrics=metrics, state_dict=model.state_dict(), shown=shown)
+    pictures(shown, history, path)
     plot_warmup(history, path.with_name(f"{path.stem}-warmup.png"))
     print(f"{describe('test', metrics['recon'], metrics['kl'], data.floor)} nats per image"
-          f" ({data.source}), {metrics['seconds']:.0f} s -> {path}")
-    beside_baseline(model, metrics, data, path, device)
+          f" ({data.source}), {metrics['seconds']:.0f} s")
+    compare(metrics, shown, path, args.out / f"vae-{data.source}-seed{args.seed}.pt")
+    print(f"-> {path} and beside it -reconstructions.png, -samples.png, -curves.png, -warmup.png")
     return [path]
 
 

@@ -17,16 +17,15 @@ the floor), KL 11.91, total 233.47; with log 10: 235.77, still below the VAE of 
 Try (with --out try): leave y out of the decoder: z must carry the class again.
 Left out on purpose: a learned prior p(z | y), a classifier term in the loss, guidance.
 """
+import contextlib
 import math
 import time
-from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
 
-from data import (CLASSES, Parser, UserError, announce, command, describe, image_grid, load,
-                  load_weights, mixed_precision, pick_device, read_checkpoint, run_path,
-                  save_checkpoint, save_figure)
+from data import (CLASSES, Parser, UserError, command, describe, image_grid, load, pick_device,
+                  read_checkpoint, run_path, save_checkpoint, write_atomically)
 
 # ---------------------------------------------------------------- the model
 
@@ -130,6 +129,14 @@ def elbo_terms(logits, x, mu, logvar):
 # ---------------------------------------------------------------- training and testing
 
 
+def mixed_precision(device):
+    """A context: bfloat16 where the hardware has it; elsewhere it is emulated and slow, so not."""
+    fast = device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
+    if device.type == "cpu" and hasattr(torch.cpu, "_is_avx512_bf16_supported"):
+        fast = torch.cpu._is_avx512_bf16_supported()
+    return torch.autocast(device.type, torch.bfloat16) if fast else contextlib.nullcontext()
+
+
 def train(model, data, epochs, batch_size, lr, device):
     """Adam and OneCycle: the learning rate rises to `lr` for 30 % of the steps, then falls to 0
     (and Adam's beta1 goes from 0.95 to 0.85 and back). Returns one dict an epoch."""
@@ -218,7 +225,7 @@ def plot_curves(history, path):
         axes.plot(epochs, [h[name] for h in history], "o-", ms=3, label=f"train {name}")
         axes.plot(epochs, [h[f"val_{name}"] for h in history], "s--", ms=3, label=f"val {name}")
         axes.legend()
-    save_figure(figure, path)
+    write_atomically(path, figure.savefig)
 
 
 # ---------------------------------------------------------------- the section
@@ -226,9 +233,8 @@ def plot_curves(history, path):
 
 def load_model(path, device="cpu"):
     """(trained model in eval mode, meta) from a checkpoint; UserError where it does not fit."""
-    meta = read_checkpoint(path, script="cvae")
-    model = load_weights(CVAE(meta["config"]["latent_dim"]), meta, path)
-    return model.to(device), meta
+    meta = read_checkpoint(path, lambda config: CVAE(config["latent_dim"]), script="cvae")
+    return meta["model"].to(device), meta
 
 
 @command
@@ -247,7 +253,8 @@ def main(argv=None):
     data = load(args.data)
     torch.manual_seed(args.seed)
     model = CVAE(args.latent_dim).to(device)
-    announce(args, device, data, model)
+    print(*(f"{name}={value}" for name, value in vars(args).items()))
+    print(f"device {device}, {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     path, config = run_path(parser, args, "cvae", data.source,
                             "epochs", "batch_size", "lr", "latent_dim")
     if args.reuse and path.exists():
@@ -260,12 +267,14 @@ def main(argv=None):
     metrics = test(model, data.test_images.to(device), data.test_labels.to(device))
     metrics["seconds"] = time.time() - start
     save_checkpoint(path, script="cvae", config=config, source=data.source, seed=args.seed,
-                    device=str(device), metrics=metrics, state_dict=model.state_dict())
+                    metrics=metrics, state_dict=model.state_dict())
     pictures(model, data, history, path, device)
     print(f"{describe('test', metrics['recon'], metrics['kl'], data.floor)} nats per image"
-          f" ({data.source}), {metrics['seconds']:.0f} s -> {path}")
+          f" ({data.source}), {metrics['seconds']:.0f} s")
     print(f"beside a VAE: total + log 10 = {metrics['total'] + math.log(10):.2f}, since"
           " -log p(x) <= -log p(x | y) + log 10")
+    print(f"-> {path} and beside it -reconstructions.png, -samples.png, -styles.png, -swaps.png,"
+          " -curves.png")
     return [path]
 
 

@@ -1,28 +1,23 @@
 """Section 1: Fashion-MNIST, looked at before anything is trained on it.
 
-Fashion-MNIST (Xiao, Rasul & Vollgraf 2017, arXiv:1708.07747): 60,000 + 10,000 images of clothes,
-28 x 28 grey pixels, ten balanced classes. We keep the pixels in [0, 1] and never standardise them,
-because the loss of every model here is a binary cross-entropy, which needs targets in [0, 1]:
+Fashion-MNIST (Xiao, Rasul & Vollgraf 2017, arXiv:1708.07747) is 70,000 images of clothes, 28 x 28
+grey pixels, ten classes. Pixels stay in [0, 1], never standardised: the loss of every model here is
+a binary cross-entropy, which needs targets in [0, 1]:
 
     BCE(x, p) = - sum_i [ x_i log p_i + (1 - x_i) log(1 - p_i) ]          nats per image
 
 For grey pixels even the perfect prediction p = x costs more than 0: the pixel entropy BCE(x, x).
-That is the *entropy floor*, about 190 nats; the other scripts print how far above it they are.
-(A grey pixel read as a probability gives a pseudo-likelihood, not a density: Loaiza-Ganem &
-Cunningham 2019, arXiv:1907.06845.)
+That is the *entropy floor*; the other scripts print how far above it they are. (A grey pixel read
+as a probability gives a pseudo-likelihood: Loaiza-Ganem & Cunningham 2019, arXiv:1907.06845.)
 
-    python data.py            # seconds; writes three figures to runs/
+    python data.py            # seconds; writes two figures to runs/
 
 Expect: 55,000 / 5,000 / 10,000 images, all classes equally often, half of all pixels exactly 0.
-Try: the floor of `images.round()`. Left out: a DataLoader; the data set is one 220 MB tensor. The
-second half of this file is the plumbing that all scripts share and that is not the lesson.
+Try: the floor of `images.round()`. Left out: a DataLoader, since all images fit into memory.
 """
 import argparse
-import contextlib
-import functools
 import gzip
 import hashlib
-import math
 import os
 import sys
 import urllib.request
@@ -35,8 +30,7 @@ from matplotlib.figure import Figure
 
 CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
            "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
-# SHA-256 of the decompressed bytes: the same after re-compression, and proof where a shape is none
-# (a mirror once served digit-MNIST under these names).
+# SHA-256 of the decompressed bytes: a mirror once served digit-MNIST under these names.
 FILES = {
     "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
     "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
@@ -49,10 +43,9 @@ MIRRORS = (
     "https://storage.googleapis.com/tensorflow/tf-keras-datasets/",
 )
 FOLDERS = (Path("fashion-mnist"), Path("/usr/share/datasets/fashion-mnist"))  # ours, Debian's
-SAMPLE = "fashion-mnist-sample.npz"
-
-# Images float32 (N, 1, 28, 28) in [0, 1]; labels int64 (N,); source "full" or "sample"; floor: the
-# mean pixel entropy of each split in nats per image.
+SAMPLE = Path(__file__).resolve().parent / "assets" / "fashion-mnist-sample.npz"
+SPLITS = ("train", "val", "test")
+# images float32 (N, 1, 28, 28) in [0, 1]; labels int64 (N,); floor: mean pixel entropy by split
 FashionMNIST = namedtuple("FashionMNIST", "train_images train_labels val_images val_labels "
                           "test_images test_labels source floor")
 
@@ -67,27 +60,18 @@ def pixel_entropy(images):
     return -(torch.xlogy(x, x) + torch.xlogy(1 - x, 1 - x)).sum(1)
 
 
-def read_idx(raw, name="IDX data"):
-    """Bytes -> uint8 array. IDX: 0, 0, type (8 = uint8), number of axes, then big-endian sizes."""
-    if raw[:4] not in (b"\0\0\x08\x01", b"\0\0\x08\x03"):
-        raise UserError(f"{name}: not an IDX file of uint8 labels (1 axis) or images (3 axes)")
-    start = 4 + 4 * raw[3]
-    shape = [int.from_bytes(raw[i:i + 4], "big") for i in range(4, start, 4)]
-    if len(raw) != start + math.prod(shape):
-        raise UserError(f"{name}: the header promises {shape}, but the file has {len(raw)} bytes")
-    return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)
-
-
 def unpack(raw, name, where):
     """Bytes of a .gz file -> array; UserError unless the decompressed bytes have our checksum."""
     try:
         raw = gzip.decompress(raw)
+        if hashlib.sha256(raw).hexdigest() != FILES[name]:
+            raise ValueError("wrong checksum")
     except Exception as error:  # OSError, EOFError or zlib.error: damaged all the same
-        raise UserError(f"{where}: damaged gzip file ({error}); delete it and try again")
-    if hashlib.sha256(raw).hexdigest() != FILES[name]:
-        raise UserError(f"{where}: wrong checksum (truncated, or other data under this name); "
-                        "delete it and try again")
-    return read_idx(raw, where)
+        raise UserError(f"{where}: damaged, or other data ({error}); delete it and try again")
+    # IDX format: 0, 0, type (8 = uint8), number of axes; then the size of each axis; then the data
+    axes = raw[3]
+    sizes = np.frombuffer(raw, ">u4", count=axes, offset=4)
+    return np.frombuffer(raw, np.uint8, offset=4 + 4 * axes).reshape(sizes)
 
 
 def download(name, folder):
@@ -99,13 +83,12 @@ def download(name, folder):
                 while chunk := reply.read(1 << 18):
                     raw += chunk
                     if sys.stderr.isatty():
-                        print(f"\r{url}: {len(raw) / 1e6:.1f} MB", end="", file=sys.stderr)
+                        print(f"{url}: {len(raw) / 1e6:.1f} MB", end="\r", file=sys.stderr)
             unpack(raw, name, url)
         except Exception as error:  # whatever a network can do means the same: the next mirror
-            print("\n" * bool(raw) + f"no luck with {url}: {error}", file=sys.stderr)
-            continue
-        print("\n" * sys.stderr.isatty() + f"got {url}", file=sys.stderr)
-        return write_atomically(folder / f"{name}.gz", lambda file: file.write(raw))
+            print(f"no luck with {url}: {error}", file=sys.stderr)
+        else:
+            return write_atomically(folder / f"{name}.gz", lambda file: file.write(raw))
     raise OSError(f"no mirror could give {name}.gz")
 
 
@@ -116,60 +99,53 @@ def split_indices(labels):
     return np.setdiff1d(np.arange(len(labels)), val), np.sort(np.concatenate(val))
 
 
-def read_folder(folder):
-    """The four files of a folder, checked and split: six uint8 arrays."""
+def read_full():
+    """Six uint8 arrays from $FASHION_MNIST_DIR, a complete folder of FOLDERS, or a download."""
+    complete = (f for f in FOLDERS if all((f / f"{name}.gz").exists() for name in FILES))
+    folder = Path(os.environ.get("FASHION_MNIST_DIR") or next(complete, FOLDERS[0]))
     paths = {name: folder / f"{name}.gz" for name in FILES}
+    for name, path in paths.items():
+        if folder == FOLDERS[0] and not path.exists():
+            download(name, folder)
     try:
         x, y, x_test, y_test = (unpack(p.read_bytes(), name, p) for name, p in paths.items())
     except OSError as error:
-        raise UserError(f"{error.filename}: cannot be read ({error.strerror})")
+        raise UserError(f"{error.filename}: {error.strerror}; put a readable file there")
     train, val = split_indices(y)
     return x[train], y[train], x[val], y[val], x_test, y_test
 
 
 def read_sample():
     """The embedded sample (MIT, Zalando SE): the first 500 / 100 / 200 images of each class."""
-    here = Path(__file__).resolve().parent
-    path = here / SAMPLE if (here / SAMPLE).exists() else here / "assets" / SAMPLE
     try:
-        with np.load(path) as file:
+        with np.load(SAMPLE) as file:
             return [file[field] for field in FashionMNIST._fields[:6]]
     except Exception as error:  # absent, or damaged in whatever way numpy and zip can tell
-        raise UserError(f"no usable embedded sample ({error}): put {SAMPLE} beside data.py")
+        raise UserError(f"{SAMPLE}: unusable ({error}); restore it from where this file came")
 
 
 def load(source="auto"):
-    """The data set. source: "full" (never falls back), "sample", or "auto": full if it can be had.
-
-    Looks in $FASHION_MNIST_DIR, ./fashion-mnist, Debian's folder; else downloads to the second.
-    A file that is there but wrong is a UserError; only absence leads "auto" to the sample.
-    """
-    if source not in ("auto", "full", "sample"):
-        raise UserError(f"data source {source!r}: choose auto, full or sample")
-    complete = (f for f in FOLDERS if all((f / f"{name}.gz").exists() for name in FILES))
-    folder = Path(os.environ.get("FASHION_MNIST_DIR") or next(complete, FOLDERS[0]))
-    missing = [name for name in FILES if not (folder / f"{name}.gz").exists()]
-    if source != "sample" and folder == FOLDERS[0]:
-        try:
-            for name in missing:
-                download(name, folder)
-        except OSError as error:
-            if source == "full":
-                raise UserError(f"{error}: connect to the network, or set FASHION_MNIST_DIR to a "
-                                "folder that holds the four .gz files")
-            source = "sample"
-            print("!" * 80, "!! NO DATA SET, NO NETWORK: using the embedded SAMPLE (8,000 images)",
-                  "!" * 80, sep="\n", file=sys.stderr)
-    source = "full" if source == "auto" else source
-    arrays = read_sample() if source == "sample" else read_folder(folder)
+    """The data set. source: "full", "sample", or "auto": the sample only if nothing else is had.
+    A file that is there but wrong is a UserError."""
+    try:
+        used, arrays = ("sample", read_sample()) if source == "sample" else ("full", read_full())
+    except OSError as error:
+        if source == "full":
+            raise UserError(f"{error}: connect to the network, or set FASHION_MNIST_DIR")
+        used, arrays = "sample", read_sample()
+        print("!" * 80, "!! NO DATA SET, NO NETWORK: using the embedded SAMPLE (8,000 images)",
+              "!" * 80, sep="\n", file=sys.stderr)
     # / 255 and nothing else: the loss needs pixels in [0, 1]
     tensors = [torch.from_numpy(a[:, None] / np.float32(255)) if a.ndim == 3
                else torch.from_numpy(a.astype(np.int64)) for a in arrays]
-    floors = [pixel_entropy(images).mean().item() for images in tensors[::2]]
-    return FashionMNIST(*tensors, source, dict(zip(("train", "val", "test"), floors)))
+    floor = {}
+    for split, images in zip(SPLITS, tensors[::2]):
+        floor[split] = pixel_entropy(images).mean().item()
+        print(f"data {used} {split}: {len(images):,} images, entropy floor {floor[split]:.2f} nats")
+    return FashionMNIST(*tensors, used, floor)
 
 
-# ---------------------------------------------------------------- plumbing, the same everywhere
+# ---------------------------------------------------------------- plumbing: not the lesson
 
 def fail(message, code=2):
     """End the program with one line."""
@@ -179,11 +155,7 @@ def fail(message, code=2):
 
 def command(main):
     """Decorate main(argv): a user's mistake ends in one line with exit code 2, Ctrl-C with 130."""
-    @functools.wraps(main)
     def wrapped(argv=None):
-        for stream in (sys.stdout, sys.stderr):
-            if hasattr(stream, "reconfigure"):
-                stream.reconfigure(errors="replace")  # some consoles have no β
         try:
             return main(argv)
         except UserError as error:
@@ -204,12 +176,11 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--out", type=Path, default=Path("runs"), help="folder for output (runs)")
 
     def number(self, flag, kind, low, high, default, text, **more):
-        """A flag for an int or a float from low to high."""
         def convert(word):
             if not low <= kind(word) <= high:
-                raise argparse.ArgumentTypeError(f"{word} is not from {low} to {high}")
+                raise ValueError
             return kind(word)
-        convert.__name__ = kind.__name__  # argparse says "invalid int value"
+        convert.__name__ = f"number ({low} to {high})"  # argparse's message: "invalid ... value"
         self.add_argument(flag, type=convert, default=default, help=text, **more)
 
     def error(self, message):
@@ -218,18 +189,11 @@ class Parser(argparse.ArgumentParser):
 
 def pick_device(name="auto"):
     """A torch.device; "auto" takes CUDA, then Apple's MPS, then the CPU."""
-    here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
-    if name not in ("auto", "cpu", *here):
-        raise UserError(f"no device {name} here: choose from {', '.join(['auto', 'cpu', *here])}")
-    return torch.device([*here, "cpu"][0] if name == "auto" else name)
-
-
-def mixed_precision(device):
-    """A context: bfloat16 where the hardware has it; elsewhere it is emulated and slow, so not."""
-    fast = device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
-    if device.type == "cpu" and hasattr(torch.cpu, "_is_avx512_bf16_supported"):
-        fast = torch.cpu._is_avx512_bf16_supported()
-    return torch.autocast(device.type, torch.bfloat16) if fast else contextlib.nullcontext()
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    usable = [device for device in found if found[device]] + ["cpu"]
+    if name not in ("auto", *usable):
+        raise UserError(f"no device {name} here: choose auto or {' or '.join(usable)}")
+    return torch.device(usable[0] if name == "auto" else name)
 
 
 def write_atomically(path, write):
@@ -241,7 +205,7 @@ def write_atomically(path, write):
             write(file)
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); go elsewhere, with --out")
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --out")
     return path
 
 
@@ -252,8 +216,8 @@ def run_path(parser, args, script, source, *names):
     trial = {name: value for name, value in config.items() if value != parser.get_default(name)}
     mark = "-" + hashlib.sha256(repr(trial).encode()).hexdigest()[:8] if trial else ""
     path = Path(args.out) / f"{script}-{source}-seed{args.seed}{mark}.pt"
-    probe = write_atomically(path.with_suffix(".probe"), lambda file: None)  # if it fails, then now
-    probe.unlink(missing_ok=True)
+    # a folder that cannot be written shall fail now, not after the training
+    write_atomically(path.with_suffix(".probe"), lambda file: None).unlink(missing_ok=True)
     return path, config
 
 
@@ -263,50 +227,26 @@ def save_checkpoint(path, **contents):
     return write_atomically(path, lambda file: torch.save(contents, file))
 
 
-def read_checkpoint(path, **expected):
-    """The dict of a checkpoint; UserError if it is damaged or not what is expected."""
-    if not path.exists():
-        raise UserError(f"{path}: is not there; train it, or get it back from where it came")
+def read_checkpoint(path, build=None, **expected):
+    """The dict of a checkpoint; build(config) makes the model for its weights, which then stands
+    under "model", in eval mode. UserError if it is damaged, does not fit or is not as expected."""
     try:
         meta = torch.load(path, map_location="cpu", weights_only=True)
         found = {name: meta[name] for name in expected}
-    except Exception as error:  # pickle, zip and key errors alike: no checkpoint of ours
-        raise UserError(f"{path}: no usable checkpoint ({type(error).__name__}): replace it")
+        if build and found == expected:
+            meta["model"] = build(meta["config"]).eval()
+            meta["model"].load_state_dict(meta["state_dict"])
+    except Exception as error:  # absent, or in whatever way no checkpoint of ours
+        raise UserError(f"{path}: unusable ({error!r:.200}); restore or retrain it")
     if found != expected:
         raise UserError(f"{path}: holds {found}, not {expected}; move it or choose another --out")
     return meta
-
-
-def load_weights(model, meta, path):
-    """The model with the weights of a checkpoint, in eval mode; UserError where they do not fit."""
-    try:
-        model.load_state_dict({name: w.float() if w.is_floating_point() else w
-                               for name, w in meta["state_dict"].items()})
-    except (KeyError, RuntimeError, AttributeError) as error:
-        raise UserError(f"{path}: does not fit {type(model).__name__} ({error}); delete it")
-    return model.eval()
-
-
-def announce(args, device, data, model=None):
-    """The first lines of every script: what runs, where, on what."""
-    print(", ".join(f"{name} {value}" for name, value in vars(args).items()))
-    sizes = " / ".join(f"{len(images):,}" for images in data[:6:2])
-    print(f"device {device}; data {data.source}: {sizes} images (train / val / test)")
-    floors = ", ".join(f"{split} {floor:.2f}" for split, floor in data.floor.items())
-    print(f"entropy floor {floors} nats per image", flush=True)
-    if model:
-        print(f"parameters {sum(p.numel() for p in model.parameters()):,}")
 
 
 def describe(split, recon, kl, floor):
     """One line of figures, the same in every script; (+) is recon above the entropy floor."""
     return (f"{split}: recon {recon:.2f} (+{recon - floor[split]:.2f}) KL {kl:.2f}"
             f" total {recon + kl:.2f}")
-
-
-def save_figure(figure, path):
-    """Write a matplotlib figure as PNG and say so."""
-    print(f"wrote {write_atomically(path, lambda file: figure.savefig(file, format='png'))}")
 
 
 def image_grid(images, path, title="", rows=(), columns=()):
@@ -321,45 +261,39 @@ def image_grid(images, path, title="", rows=(), columns=()):
     axes.set_xticks([30 * i + 15 for i in range(len(columns))], columns, fontsize=7)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    save_figure(figure, path)
+    write_atomically(path, figure.savefig)
 
 
 # ---------------------------------------------------------------- run directly: exploration
 
 def explore(data, out):
-    """Three figures, and the facts that decide how the models are built."""
+    """Two figures, and the facts that decide how the models are built."""
     by_class = [data.train_images[data.train_labels == c][:10, 0] for c in range(10)]
     image_grid(torch.stack(by_class), out / "data-samples.png", "Ten images of each class", CLASSES)
-    figure = Figure((8, 3.5), 110, layout="constrained")
-    bars = figure.add_subplot(title="All classes equally often: no class weights needed",
-                              ylabel="share of the split")
-    for i, split in enumerate(("train", "val", "test")):
-        x, y = getattr(data, f"{split}_images"), getattr(data, f"{split}_labels")
-        counts = y.bincount(minlength=10)
-        print(f"{split:5} {len(x):6,} images, {counts.min():,} to {counts.max():,} a class; pixels"
-              f" {x.min():.0f} to {x.max():.0f}, mean {x.mean():.4f}, std {x.std():.4f},"
-              f" {(x == 0).float().mean():.1%} exactly 0")
-        bars.bar(torch.arange(10) + 0.27 * (i - 1), counts / len(y), 0.25, label=split)
-    mean = data.train_images.mean(0).clamp(1e-6, 1 - 1e-6).expand_as(data.test_images)
-    bce = torch.nn.functional.binary_cross_entropy(mean, data.test_images, reduction="none")
-    print(f"the mean training image as the guess for all of test: {bce.sum() / len(bce):.2f} nats")
-    bars.set_xticks(range(10), CLASSES, rotation=30, ha="right")
-    bars.legend(loc="lower right")
-    save_figure(figure, out / "data-classes.png")
     pixels = data.train_images.flatten().numpy()
-    figure = Figure((8, 3.5), 110, layout="constrained")
-    axes = figure.add_subplot(title=f"{(pixels == 0).mean():.0%} of all pixels are black, the rest"
-                              " takes every grey", xlabel="pixel value", ylabel="share of pixels")
-    axes.hist(pixels, bins=64, weights=np.full(len(pixels), 1 / len(pixels)), log=True)
-    save_figure(figure, out / "data-pixels.png")
+    figure = Figure((12, 3.8), 110, layout="constrained")
+    left = figure.add_subplot(1, 2, 1, ylabel="share of the split", title="Classes: equally often")
+    right = figure.add_subplot(1, 2, 2, xlabel="pixel value", ylabel="share of pixels",
+                               title=f"Pixels: {(pixels == 0).mean():.0%} are exactly black")
+    right.hist(pixels, bins=64, weights=np.full(len(pixels), 1 / len(pixels)), log=True)
+    for i, split in enumerate(SPLITS):
+        x, y = data[2 * i], data[2 * i + 1]
+        counts = y.bincount(minlength=10)
+        print(f"{split}: {counts.min():,} to {counts.max():,} images a class; pixels {x.min():.0f}"
+              f" to {x.max():.0f}, mean {x.mean():.4f}, std {x.std():.4f},"
+              f" {(x == 0).float().mean():.1%} exactly 0")
+        left.bar(torch.arange(10) + 0.27 * (i - 1), counts / len(y), 0.25, label=split)
+    left.set_xticks(range(10), CLASSES, rotation=30, ha="right")
+    left.legend(loc="lower right")
+    write_atomically(out / "data-distributions.png", figure.savefig)
 
 
 @command
 def main(argv=None):
     args = Parser(__doc__).parse_args(argv)
     data = load(args.data)
-    announce(args, "cpu", data)
     explore(data, args.out)
+    print(f"-> {args.out / 'data-samples.png'}, data-distributions.png")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
 """Section 6: the protocol. Every model measured by the same rules, side by side in one table.
 
-Trains what is not trained yet (by calling the main() of each section), then measures everything on
-the same test images, which no model and no choice has seen before. Generators see raw [0, 1]
-images; the classifier normalises inside itself, so generated images are normalised once, on their
-way into it. recon, KL and total are sums in nats per image at full KL weight, from one posterior
-sample. The FID proxy compares equally many generated and real images in every row:
+Trains what is not trained yet, then measures everything on the same test images, which no model
+and no choice has seen. Generators see raw [0, 1] images; the classifier normalises inside itself,
+so generated images are normalised once, on their way into it. recon, KL and total are nats per
+image at full KL weight, from one posterior sample. The FID proxy, as many images in every row:
 
     FID  =  |m_a - m_b|^2  +  tr( S_a + S_b - 2 (S_a^1/2 S_b S_a^1/2)^1/2 )      0 = same Gaussian
 
@@ -13,33 +12,31 @@ features. These are not Inception's features: a *proxy*, comparable within this 
 
     python evaluate.py                    # the whole study; a second call only measures again
     python evaluate.py --split val        # the same metrics on validation: for choosing
-    python evaluate.py --data sample      # a few minutes, on 8,000 embedded images
+    python evaluate.py --deep             # and what takes longer: memorisation, the bias of FID
 
 Expect: 20 to 25 min on 2 CPU cores (full data), and the table that stands in the README.
 """
 import json
 import math
+import sys
 import time
-from pathlib import Path
+from collections import namedtuple
 
 import torch
+from matplotlib.figure import Figure
 
 import beta_vae
 import classifier
 import conv_vae
 import cvae
 import vae
-from classifier import look
-from data import (CLASSES, Parser, UserError, announce, command, image_grid, load, pick_device,
+from classifier import controllability, diversity, look, nearness
+from data import (Parser, UserError, command, image_grid, load, pick_device, pixel_entropy,
                   write_atomically)
 
-# name in the table, module, what it is, minutes to train on 2 CPU cores with the full data
-STUDY = (
-    ("MLP VAE", vae, "section 2: baseline MLP VAE", 2.5),
-    ("Conv VAE", conv_vae, "section 3: convolutional VAE with KL warm-up", 6),
-    ("β-VAE", beta_vae, "section 4: β sweep", 6),
-    ("CVAE", cvae, "section 5: conditional VAE", 6.5),
-)
+STUDY = {"MLP VAE": vae, "Conv VAE": conv_vae, "β-VAE": beta_vae, "CVAE": cvae}
+SIZES = (1000, 2000, 5000, 10_000)                      # numbers of images for the FID (--deep)
+DRAWS = (1, 2, 5, 10, 20, 50, 100)                      # K of the importance-weighted bound
 
 
 # ---------------------------------------------------------------- the metrics
@@ -48,9 +45,9 @@ STUDY = (
 def frechet_distance(features_a, features_b):
     """Frechet distance of the Gaussians fitted to two sets of features (N, D), D < N; a float."""
     for features in (features_a, features_b):
-        if len(features) <= features.shape[1]:
-            raise UserError(f"features have shape {tuple(features.shape)}: their covariance needs "
-                            f"more images than features, at least {features.shape[1] + 1}")
+        if len(features) <= features.shape[1] or not features.isfinite().all():
+            raise UserError(f"features of shape {tuple(features.shape)}: they must be finite, and "
+                            f"of more images than features, at least {features.shape[1] + 1}")
     a, b = features_a.double(), features_b.double()
     mean_a, mean_b = a.mean(0), b.mean(0)
     cov_a, cov_b = a.T.cov(), b.T.cov()                                     # (D, D), over N - 1
@@ -60,26 +57,6 @@ def frechet_distance(features_a, features_b):
     roots = torch.linalg.eigvalsh(root_a @ cov_b @ root_a).clamp(min=0).sqrt()
     distance = (mean_a - mean_b).pow(2).sum() + cov_a.trace() + cov_b.trace() - 2 * roots.sum()
     return distance.item()
-
-
-def controllability(judged, asked):
-    """(share of images judged as the class that was asked for, the same for each class)."""
-    if len(asked) == 0 or not 0 <= asked.min() <= asked.max() <= 9:
-        raise UserError("asked classes must be from 0 to 9, and at least one")
-    hits = (judged == asked).double()
-    return hits.mean().item(), [hits[asked == c].mean().item() for c in range(len(CLASSES))]
-
-
-def diversity(features, judged, asked, real_features, labels):
-    """Mean pairwise distance within a class, of the images judged as asked for, over that of real
-    images: 1 is as varied as life, 0 is one image a class (which could win control)."""
-    ratios = []
-    for c in range(len(CLASSES)):
-        drawn = features[(asked == c) & (judged == c)]
-        if len(drawn) > 1:
-            ratio = torch.pdist(drawn).mean() / torch.pdist(real_features[labels == c]).mean()
-            ratios.append(ratio.item())
-    return sum(ratios) / len(ratios) if ratios else None
 
 
 def log_joint(columns, weights, means, factors):
@@ -130,11 +107,11 @@ def sample_gmm(weights, means, factors, count):
 
 
 @torch.no_grad()
-def importance_weighted_bound(model, elbo_terms, images, labels=(), draws=100, counts=(1, 10, 100)):
+def importance_weighted_bound(model, elbo_terms, images, labels=(), draws=100, counts=DRAWS):
     """{K: upper bound on -log p(x) in nats} (Burda et al. 2016, arXiv:1509.00519, eq. 8).
 
     log w = log p(x | z) + log p(z) - log q(z | x), and the bound is -mean log( 1/K sum_k w_k ).
-    K = 1 is the negative ELBO. All K share their draws, so that the bounds are ordered exactly.
+    K = 1 is the negative ELBO. All K (divisors of `draws`) share their draws.
     """
     log_w = []
     for _ in range(draws):
@@ -152,6 +129,26 @@ def importance_weighted_bound(model, elbo_terms, images, labels=(), draws=100, c
 # ---------------------------------------------------------------- one row of the table
 
 
+# what is the same for all models; reference: features of training and validation images, or None
+Protocol = namedtuple("Protocol", "data images labels judge real device reference")
+
+
+def prepare(data, split, judge, device, deep):
+    """(the Protocol on a split, its yardsticks: what the metrics say of perfect and hopeless)."""
+    images, labels = getattr(data, f"{split}_images"), getattr(data, f"{split}_labels")
+    real, judged = look(judge, images)
+    others, _ = look(judge, (data.val_images if split == "test" else data.train_images)[:len(real)])
+    noise, _ = look(judge, torch.rand(images.shape))
+    yardsticks = {"classifier_accuracy": controllability(judged, labels)[0],
+                  "fid_sampling_floor": frechet_distance(others, real[:len(others)]),
+                  "fid_sampling_floor_n": len(others),
+                  "fid_noise": frechet_distance(noise, real), "fid_n": len(images)}
+    reference = (look(judge, data.train_images)[0], others) if deep else None
+    if deep:
+        yardsticks |= nearness(real, *reference)
+    return Protocol(data, images, labels, judge, real, device, reference), yardsticks
+
+
 @torch.no_grad()
 def in_batches(function, device, *tensors):
     """function of tensors with equal first axis, a thousand at a time on the device."""
@@ -159,81 +156,90 @@ def in_batches(function, device, *tensors):
     return torch.cat([function(*(t.to(device) for t in batch)).cpu() for batch in batches])
 
 
-def measure(name, module, path, split, data, judge, real, device):
-    """(all figures of one trained model, the model); real: judge's features of the split's images.
+def beside(name, labels):
+    """What a model gets beside x or z: the labels (CVAE), or nothing."""
+    return (labels,) if name == "CVAE" else ()
 
-    Three sources of z tell the prior's faults from the decoder's: N(0, I), the ex-post prior (Ghosh
-    et al. 2020, arXiv:1903.12436), and the codes of the images themselves (reconstructions)."""
+
+def sample_posterior(model, device, *inputs):
+    """One z ~ q(z | x) for each image; inputs are (x,), for the CVAE (x, y)."""
+    return in_batches(lambda *batch: model.reparameterize(*model.encode(*batch)), device, *inputs)
+
+
+def draw(model, device, *inputs):
+    """Decoder means in [0, 1]; inputs are (z,), for the CVAE (z, y)."""
+    return in_batches(lambda *batch: model.decode(*batch).sigmoid(), device, *inputs)
+
+
+def measure(name, module, path, protocol):
+    """A row of the table: the parts of the ELBO, and how the judge sees decoded z ~ N(0, I)."""
+    data, images, labels, judge, real, device, reference = protocol
     model, meta = module.load_model(path, device)
-    images, labels = getattr(data, f"{split}_images"), getattr(data, f"{split}_labels")
-    n, beta, conditional = len(images), meta["config"].get("beta"), name == "CVAE"
-
-    def draw(z, *y):
-        return in_batches(lambda *batch: model.decode(*batch).sigmoid(), device, z, *y)
-
+    n, beta = len(images), meta["config"].get("beta")
     torch.manual_seed(meta["seed"])                     # the same noise as in the script's own test
-    given = (labels,) if conditional else ()
+    scores = module.test(model, images.to(device), *beside(name, labels.to(device)))
     row = {"model": name if beta is None else f"{name} β={beta:g}", "latent_dim": model.latent_dim,
-           "params": sum(p.numel() for p in model.parameters()),
-           **module.test(model, images.to(device), *(y.to(device) for y in given))}
-    row["excess"] = row["recon"] - data.floor[split]
-    row |= {"seconds": meta["metrics"]["seconds"], "trained_on": meta["device"]}
+           "params": sum(p.numel() for p in model.parameters()), **scores,
+           "excess": scores["recon"] - pixel_entropy(images).mean().item(),
+           "seconds": meta["metrics"]["seconds"]}
     row |= dict.fromkeys(("fid_gmm", "fid_recon", "control", "control_gmm", "control_recon",
                           "swap_asked", "swap_kept", "diversity"))
-    asked = (torch.arange(n) % 10,) if conditional else ()
-    features, judged = look(judge, draw(torch.randn(n, model.latent_dim), *asked))
+    asked = torch.arange(n) % 10
+    drawn = draw(model, device, torch.randn(n, model.latent_dim), *beside(name, asked))
+    features, judged = look(judge, drawn)
     row["fid_prior"] = frechet_distance(features, real)
-    if beta is not None:                                # the sweep is compared by its samples only
-        return row, model
-    if conditional:
+    if name == "CVAE":
         row["total_plus_log10"] = row["total"] + math.log(10)
-        row["control"], row["control_by_class"] = controllability(judged, *asked)
-        row["diversity"] = diversity(features, judged, *asked, real, labels)
-        classifier.confusion_figure(
-            *asked, judged, path.with_name(f"{path.stem}-{split}-control.png"),
-            f"Asked for a class, and judged as that class: {row['control']:.1%}")
+        row["control"], row["control_by_class"] = controllability(judged, asked)
+        row["diversity"] = diversity(features, judged, asked, real, labels)
+        classifier.confusion_figure(asked, judged, path.with_name(f"{path.stem}-control.png"),
+                                    f"Judged as the class that was asked: {row['control']:.1%}")
+    if reference and beta is None:
+        row |= {f"fid_{m}": frechet_distance(features[:m], real[:m]) for m in SIZES if m <= n}
+        row |= nearness(features, *reference)
+        nearest = torch.cdist(features[:10], reference[0]).argmin(1)
+        image_grid(torch.stack([drawn[:10, 0], data.train_images[nearest, 0]]),
+                   path.with_name(f"{path.stem}-nearest.png"),
+                   f"{name}: new, or learned by heart?", ("drawn", "nearest in training"))
+    if beta is None:                                    # the sweep is compared by its samples only
+        measure_further(name, row, model, module, protocol)
+    return row
 
-    def code(*batch):
-        return model.reparameterize(*model.encode(*batch))
 
-    known = (data.train_labels,) if conditional else ()
-    z = in_batches(code, device, data.train_images, *known)
-    if conditional:                                     # one Gaussian a class, else a mixture of 50
-        fits = [fit_gmm(z[known[0] == c], 1, iterations=1)[:3] for c in range(10)]
+def measure_further(name, row, model, module, protocol):
+    """Fill the row of a main model. Three sources of z tell the prior's faults from the decoder's:
+    N(0, I), measured before; the ex-post prior (Ghosh et al. 2020, arXiv:1903.12436); and the codes
+    of the images themselves (reconstructions)."""
+    data, images, labels, judge, real, device, reference = protocol
+    n, given = len(images), beside(name, labels)
+    codes = sample_posterior(model, device, data.train_images, *beside(name, data.train_labels))
+    if name == "CVAE":                                  # one Gaussian a class
+        fits = [fit_gmm(codes[data.train_labels == c], 1, iterations=1)[:3] for c in range(10)]
         z = torch.cat([sample_gmm(*fit, n // 10) for fit in fits])
-        asked = (torch.arange(10).repeat_interleave(n // 10),)
+        asked = torch.arange(10).repeat_interleave(n // 10)
+        features, judged = look(judge, draw(model, device, z, asked))
+        row["fid_gmm"] = frechet_distance(features, real)
+        row["control_gmm"], _ = controllability(judged, asked)
     else:
-        z = sample_gmm(*fit_gmm(z, 50)[:3], n)
-    features, judged = look(judge, draw(z, *asked))
-    row["fid_gmm"] = frechet_distance(features, real)
-    row["control_gmm"] = controllability(judged, *asked)[0] if conditional else None
+        drawn = draw(model, device, sample_gmm(*fit_gmm(codes, 50)[:3], n))
+        row["fid_gmm"] = frechet_distance(look(judge, drawn)[0], real)
 
-    z = in_batches(code, device, images, *given)
-    features, judged = look(judge, draw(z, *given))
+    z = sample_posterior(model, device, images, *given)
+    features, judged = look(judge, draw(model, device, z, *given))
     row["fid_recon"] = frechet_distance(features, real)
     row["control_recon"], _ = controllability(judged, labels)
-    if conditional:                                     # encode as y, decode as another class
+    if name == "CVAE":                                  # encode as y, decode as another class
         other = (labels + torch.randint(1, 10, (n,))) % 10
-        _, judged = look(judge, draw(z, other))
+        _, judged = look(judge, draw(model, device, z, other))
         row["swap_asked"] = (judged == other).double().mean().item()
         row["swap_kept"] = (judged == labels).double().mean().item()
-    bounds = importance_weighted_bound(model, module.elbo_terms, images[:n // 20].to(device),
-                                       [y[:n // 20].to(device) for y in given])
+    some = n // 10 if reference else n // 20
+    bounds = importance_weighted_bound(model, module.elbo_terms, images[:some].to(device),
+                                       [y[:some].to(device) for y in given])
     row |= {f"iw_{k}": bound for k, bound in bounds.items()}
-    return row, model
-
-
-def yardsticks(data, split, judge):
-    """The judge's features of the real images, and what the metrics say of perfect and hopeless."""
-    images, labels = getattr(data, f"{split}_images"), getattr(data, f"{split}_labels")
-    real, judged = look(judge, images)
-    other = data.val_images if split == "test" else data.train_images
-    others, _ = look(judge, other[:len(images)])
-    noise, _ = look(judge, torch.rand(images.shape))
-    return real, {"classifier_accuracy": (judged == labels).double().mean().item(),
-                  "fid_sampling_floor": frechet_distance(others, real[:len(others)]),
-                  "fid_sampling_floor_n": len(others),
-                  "fid_noise": frechet_distance(noise, real), "fid_n": len(images)}
+    for components in (1, 10) if reference and name != "CVAE" else ():
+        drawn = draw(model, device, sample_gmm(*fit_gmm(codes, components)[:3], n))
+        row[f"fid_gmm_{components}"] = frechet_distance(look(judge, drawn)[0], real)
 
 
 def average(rows):
@@ -241,17 +247,15 @@ def average(rows):
     def combine(values):
         if isinstance(values[0], list):
             return [combine(group) for group in zip(*values)]
-        if values[0] is None or isinstance(values[0], str) or len(values) == 1:
-            return values[0]
+        if len(values) == 1 or not isinstance(values[0], float):
+            return values[0]                            # names, sizes, and what does not apply
         mean = sum(values) / len(values)
         std = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
         return {"mean": mean, "std": std, "n": len(values)}
-    fixed = {key: rows[0][key] for key in ("model", "latent_dim", "params")}
-    return {key: combine([row[key] for row in rows]) for key in rows[0]} | fixed
+    return {key: combine([row[key] for row in rows]) for key in rows[0]}
 
 
-# ---------------------------------------------------------------- the tables and the pictures
-
+# ---------------------------------------------------------------- the tables and a figure
 
 # title, key in the row, format, is the spread over seeds shown?
 MAIN = (("model", "model", "{}", 0), ("z", "latent_dim", "{}", 0), ("params", "params", "{:,}", 0),
@@ -259,11 +263,15 @@ MAIN = (("model", "model", "{}", 0), ("z", "latent_dim", "{}", 0), ("params", "p
         ("KL", "kl", "{:.2f}", 1), ("total", "total", "{:.2f}", 1),
         ("FID prior", "fid_prior", "{:.2f}", 1), ("FID recon", "fid_recon", "{:.2f}", 1),
         ("control", "control", "{:.1%}", 1), ("seconds", "seconds", "{:.0f}", 0))
-MORE = (("model", "model", "{}", 0), ("FID ex-post", "fid_gmm", "{:.2f}", 1),
-        ("-ELBO", "iw_1", "{:.2f}", 0), ("IW 10", "iw_10", "{:.2f}", 0),
-        ("IW 100", "iw_100", "{:.2f}", 0), ("ctl ex-post", "control_gmm", "{:.1%}", 1),
-        ("ctl recon", "control_recon", "{:.1%}", 1), ("swap to", "swap_asked", "{:.1%}", 0),
-        ("still", "swap_kept", "{:.1%}", 0), ("diversity", "diversity", "{:.2f}", 1))
+FURTHER = (("model", "model", "{}", 0), ("FID ex-post", "fid_gmm", "{:.2f}", 1),
+           ("-ELBO", "iw_1", "{:.2f}", 0), ("IW 10", "iw_10", "{:.2f}", 0),
+           ("IW 100", "iw_100", "{:.2f}", 0), ("ctl ex-post", "control_gmm", "{:.1%}", 1),
+           ("ctl recon", "control_recon", "{:.1%}", 1), ("swap to", "swap_asked", "{:.1%}", 0),
+           ("still", "swap_kept", "{:.1%}", 0), ("diversity", "diversity", "{:.2f}", 1))
+DEEP = (("model", "model", "{}", 0), *((f"FID {m:,}", f"fid_{m}", "{:.2f}", 0) for m in SIZES),
+        ("K=1", "fid_gmm_1", "{:.2f}", 0), ("K=10", "fid_gmm_10", "{:.2f}", 0),
+        ("d train", "nearest_train", "{:.3f}", 0), ("d val", "nearest_val", "{:.3f}", 0),
+        ("nearer", "nearer_train", "{:.1%}", 0))
 
 
 def cell(value, form, spread=True):
@@ -277,7 +285,8 @@ def cell(value, form, spread=True):
 def table(rows, columns, markdown=False):
     """Aligned lines of text; or of Markdown."""
     lines = [[title for title, *_ in columns]]
-    lines += [[cell(row[key], form, spread) for _, key, form, spread in columns] for row in rows]
+    for row in rows:
+        lines.append([cell(row.get(key), form, spread) for _, key, form, spread in columns])
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     if markdown:
         lines.insert(1, ["-" * width for width in widths])
@@ -287,62 +296,43 @@ def table(rows, columns, markdown=False):
 
 
 def report(results, markdown=False):
-    """The caption, both tables and how to read them, as lines."""
-    rows, sticks = results["rows"], results["yardsticks"]
-    seen = "sample" == results["data"] and "val" == results["split"]
-    total, beside = rows[-1]["total"], rows[-1]["total_plus_log10"]
-    return [
-        f"Fashion-MNIST ({results['data']}), {results['split']} split, {sticks['fid_n']:,} images;"
-        f" nats; seeds {results['seeds']}; {results['device']}, torch {results['torch']}",
+    """The caption, the tables and how to read them, as lines."""
+    rows, yardsticks = results["rows"], results["yardsticks"]
+    main_rows = [row for row in rows if row["fid_gmm"]]
+    total, with_label = (cell(rows[-1][key], "{:.2f}") for key in ("total", "total_plus_log10"))
+    lines = [
+        f"Fashion-MNIST ({results['data']}), {results['split']} split, {yardsticks['fid_n']:,}"
+        f" images; nats; seeds {results['seeds']}; {results['device']}, torch {results['torch']}",
         "", *table(rows, MAIN, markdown), "",
         f"- Entropy floor {results['floor']:.2f}: no decoder can have a smaller recon.",
-        f"- CVAE: {cell(total, '{:.2f}')} + log 10 = {cell(beside, '{:.2f}')} compares with a VAE's"
-        " total: -log p(x) <= -log p(x | y) + log 10.",
-        f"- FID proxy: {sticks['fid_sampling_floor']:.3f} between real images and other real ones"
-        f" (n = {sticks['fid_sampling_floor_n']:,}), {sticks['fid_noise']:.1f} for uniform noise.",
-        f"- control: 10 % is chance; real images: {sticks['classifier_accuracy']:.1%}"
-        f"{' (it was trained on most of them)' if seen else ''}.",
-        "", *table([row for row in rows if row["fid_gmm"] is not None], MORE, markdown), "",
-        "- ex-post: z from a Gaussian mixture fitted to codes of training images, not N(0, I).",
-        f"- -ELBO, IW 10, IW 100: bounds on -log p of the same {sticks['fid_n'] // 20} images.",
-        "- ctl recon: reconstructions judged as their class. swap: encoded as y, decoded as y'.",
-        "- diversity within a class: 1 is as varied as real images, 0 one image a class.",
-    ]
+        f"- CVAE: {total} + log 10 = {with_label} compares with a VAE's total:"
+        " -log p(x) <= -log p(x | y) + log 10.",
+        f"- FID proxy: {yardsticks['fid_sampling_floor']:.3f} between real and other real images"
+        f" (n = {yardsticks['fid_sampling_floor_n']:,}), {yardsticks['fid_noise']:.1f} for noise.",
+        f"- control: 10 % is chance; real images: {yardsticks['classifier_accuracy']:.1%}.",
+        "", *table(main_rows, FURTHER, markdown)]
+    if "nearer_train" in yardsticks:
+        lines += ["", *table([*main_rows, yardsticks | {"model": "test images"}], DEEP, markdown)]
+    return [*lines, "", "What each column means: README, What comes out."]
 
 
-@torch.no_grad()
-def gallery(models, images, labels, path, device):
-    """Prior samples and reconstructions of the three main models beside real images."""
-    torch.manual_seed(0)
-    first = [int((labels == c).nonzero()[0]) for c in range(len(CLASSES))]
-    x, y = images[first].to(device), torch.arange(10, device=device)
-    samples, again = [x], [x]
-    for name, model in models.items():
-        given = (y,) if name == "CVAE" else ()
-        z = torch.randn(10, model.latent_dim, device=device)
-        samples.append(model.decode(z, *given).sigmoid())
-        again.append(model(x, *given)[0].sigmoid())
-    for kind, images in (("samples", samples), ("reconstructions", again)):
-        image_grid(torch.stack(images)[:, :, 0], path.with_name(f"{path.stem}-{kind}.png"),
-                   f"{kind} (only the CVAE is told the class)", ("real", *models), CLASSES)
+def plot_deep(rows, path):
+    """FID against the number of images, and the bound against the number of draws."""
+    figure = Figure((9, 3.8), 110, layout="constrained")
+    left = figure.add_subplot(1, 2, 1, title="FID depends on n: compare equal n only",
+                              xlabel="images n", ylabel="FID proxy", xscale="log")
+    right = figure.add_subplot(1, 2, 2, title="More draws K, a tighter bound", xscale="log",
+                               xlabel="draws K", ylabel="bound on -log p, nats")
+    for row in rows:
+        mean = {key: v["mean"] if isinstance(v, dict) else v for key, v in row.items()}
+        sizes = [m for m in SIZES if f"fid_{m}" in mean]
+        left.plot(sizes, [mean[f"fid_{m}"] for m in sizes], "o-", label=mean["model"])
+        right.plot(DRAWS, [mean[f"iw_{k}"] for k in DRAWS], "o-", label=mean["model"])
+    right.legend()
+    write_atomically(path, figure.savefig)
 
 
 # ---------------------------------------------------------------- the study
-
-
-def train_missing(args, data):
-    """Every section's main() for every seed, reusing checkpoints; {name: [paths of a seed]}."""
-    paths = {name: [] for name, *_ in STUDY}
-    share = len(data.train_images) / 55_000 * (args.epochs or 10) / 10
-    for name, module, what, minutes in STUDY:
-        for seed in args.seeds:
-            print(f"\n=== {what}, seed {seed}: up to {max(minutes * share, 0.1):.1f} min on 2 CPU"
-                  " cores where it is not trained yet", flush=True)
-            flags = ["--data", data.source, "--seed", str(seed), "--device", args.device,
-                     "--out", str(args.out), "--reuse"]
-            flags += ["--epochs", str(args.epochs)] if args.epochs else []
-            paths[name].append(module.main(flags))
-    return paths
 
 
 @command
@@ -354,46 +344,55 @@ def main(argv=None):
                   "passes over the training split, for all models (each its default)")
     parser.add_argument("--split", choices=("test", "val"), default="test",
                         help="measure on test, or on val while still choosing (test)")
+    parser.add_argument("--deep", action="store_true",
+                        help="also FID at several n, mixtures of 1 and 10, nearest images")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (auto)")
     args = parser.parse_args(argv)
     if len(set(args.seeds)) < len(args.seeds):
-        raise UserError(f"--seeds {args.seeds} names one twice: its spread would be too small")
+        raise UserError(f"--seeds {args.seeds}: name each once, or their spread is too small")
+    if args.deep and args.split == "val":
+        raise UserError("--deep compares with the validation images: leave out --split val")
 
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")        # not every console has a β
     device = pick_device(args.device)
     data = load(args.data)
-    announce(args, device, data)
     judge, judge_meta = classifier.load_pretrained(device)
-    paths = train_missing(args, data)
+    paths = {}                                          # of each model: [paths] for every seed
+    for name, module in STUDY.items():
+        paths[name] = []
+        for seed in args.seeds:
+            print(f"\n=== {name}, seed {seed}", flush=True)
+            flags = ["--data", data.source, "--seed", str(seed), "--device", args.device,
+                     "--out", str(args.out), "--reuse"]
+            flags += ["--epochs", str(args.epochs)] if args.epochs else []
+            paths[name].append(module.main(flags))
 
-    print("\n=== section 6: metrics, up to 8 min on 2 CPU cores", flush=True)
+    print("\n=== metrics", flush=True)
     start = time.time()
     torch.manual_seed(0)
-    real, sticks = yardsticks(data, args.split, judge)
-    rows, models = [], {}
-    for name, module, *_ in STUDY:
+    protocol, yardsticks = prepare(data, args.split, judge, device, args.deep)
+    rows = []
+    for name, module in STUDY.items():
         for runs in zip(*paths[name]):                  # the same model (or beta) under every seed
-            measured = [measure(name, module, path, args.split, data, judge, real, device)
-                        for path in runs]
-            rows.append(average([row for row, _ in measured]))
-            if name != "β-VAE":
-                models[name] = measured[0][1]
+            rows.append(average([measure(name, module, path, protocol) for path in runs]))
             print(f"  {rows[-1]['model']}: {time.time() - start:.0f} s", flush=True)
 
     results = {"data": data.source, "split": args.split, "device": str(device),
                "torch": str(torch.__version__), "seeds": args.seeds, "epochs": args.epochs,
                "floor": data.floor[args.split], "judge_sha256": judge_meta["sha256"],
-               "metrics_seconds": time.time() - start, "yardsticks": sticks, "rows": rows}
+               "metrics_seconds": time.time() - start, "yardsticks": yardsticks, "rows": rows}
     trial = f"-epochs{args.epochs}" if args.epochs else ""
     seeds = "-".join(map(str, args.seeds))
     stem = args.out / f"results-{data.source}-{args.split}-seeds{seeds}{trial}"
-    gallery(models, data.test_images, data.test_labels, stem, device)
+    if args.deep:
+        plot_deep([r for r in rows if r["fid_gmm"]], stem.with_name(f"{stem.name}-deep.png"))
     text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     markdown = "\n".join(report(results, markdown=True)) + "\n"
     for name in (stem.name, "results"):                 # results.json is always the latest
         write_atomically(args.out / f"{name}.json", lambda file: file.write(text.encode()))
         write_atomically(args.out / f"{name}.md", lambda file: file.write(markdown.encode()))
     print("", *report(results), f"-> {args.out / 'results.json'} = {stem}.json, .md", sep="\n")
-    return [args.out / "results.json"]
 
 
 if __name__ == "__main__":

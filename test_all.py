@@ -3,10 +3,12 @@
 Each test states a fact and holds it against something that is not this code: a closed form,
 torch.distributions, numpy, a hand-made file, or another process.
 """
+import contextlib
 import gzip
 import hashlib
 import http.server
 import inspect
+import io
 import json
 import math
 import os
@@ -66,28 +68,20 @@ def idx(array):
                                                                    *array.shape) + array.tobytes()
 
 
-def test_idx_parser_reads_hand_made_bytes():
+def test_idx_parser_reads_hand_made_bytes(monkeypatch):
     images = np.arange(2 * 28 * 28).astype(np.uint8).reshape(2, 28, 28)
-    assert np.array_equal(data.read_idx(idx(images)), images)
-    assert np.array_equal(data.read_idx(idx(np.array([3, 9], np.uint8))), [3, 9])
+    for array in (images, np.array([3, 9], np.uint8)):
+        checksum = hashlib.sha256(idx(array)).hexdigest()
+        monkeypatch.setattr(data, "FILES", {"x": checksum})
+        assert np.array_equal(data.unpack(gzip.compress(idx(array)), "x", "x.gz"), array)
 
 
-@pytest.mark.parametrize("raw", [b"", b"\0\0\x08", b"PK\3\4" * 9, idx(np.zeros(5, np.uint8))[:-1],
-                                 idx(np.zeros(5, np.uint8)) + b"x", b"\0\0\x08\x03\0\0\0\1",
-                                 b"\0\0\x08\x02" + bytes(8), b"\0\0\x08\x01\xff\xff\xff\xff"])
-def test_idx_parser_refuses_everything_else(raw):
-    with pytest.raises(ValueError, match="IDX|promises"):
-        data.read_idx(raw)
-
-
-def test_idx_parser_never_fails_otherwise_on_random_bytes():
-    rng = np.random.RandomState(0)
-    for _ in range(2000):
-        raw = b"\0\0\x08" + rng.bytes(rng.randint(0, 40)) if rng.rand() < 0.7 else rng.bytes(30)
-        try:
-            data.read_idx(raw)
-        except ValueError:
-            pass
+@pytest.mark.parametrize("raw", [b"", b"PK\3\4" * 9, gzip.compress(b"")[:-5],
+                                 gzip.compress(idx(np.zeros(5, np.uint8))),
+                                 gzip.compress(idx(np.zeros((60_000, 28, 28), np.uint8)), 1)])
+def test_bytes_that_are_not_the_data_set_are_refused_whatever_their_shape(raw):
+    with pytest.raises(ValueError, match="here.gz: damaged, or other data"):
+        data.unpack(raw, "train-images-idx3-ubyte", "here.gz")
 
 
 def test_split_is_stratified_disjoint_and_stable():
@@ -108,20 +102,19 @@ def test_sample_is_balanced_raw_and_small(sample):
         assert x.shape == (size, 1, 28, 28) and x.dtype == torch.float32
         assert x.min() == 0 and x.max() == 1
         assert y.dtype == torch.int64 and (y.bincount() == size // 10).all()
-    assert (HERE / "assets" / data.SAMPLE).stat().st_size <= 4_000_000
+    assert data.SAMPLE.stat().st_size <= 4_000_000
 
 
 @pytest.fixture(scope="session")
 def full():
-    try:
-        return data.read_folder(next(f for f in data.FOLDERS if f.exists()))
-    except (StopIteration, data.UserError):
-        pytest.skip("the full data set is not here (apt install dataset-fashion-mnist)")
+    for folder in data.FOLDERS:
+        if all((folder / f"{name}.gz").exists() for name in data.FILES):
+            return folder
+    pytest.skip("the full data set is not here (apt install dataset-fashion-mnist)")
 
 
 def test_sample_is_the_first_images_of_each_class_of_the_full_set(full, sample):
-    folder = next(f for f in data.FOLDERS if f.exists())
-    raw = [data.unpack((folder / f"{n}.gz").read_bytes(), n, n) for n in data.FILES]
+    raw = [data.unpack((full / f"{n}.gz").read_bytes(), n, n) for n in data.FILES]
 
     def first(labels, start, stop):
         return np.sort(np.concatenate([np.flatnonzero(labels == c)[start:stop] for c in range(10)]))
@@ -244,6 +237,7 @@ def test_a_wrong_file_is_named_and_never_replaced_by_the_sample(small_files, mon
     (beta_vae, ["--betas", "1", "1"]),
     (vae, ["--lr", "inf"]), (vae, ["--data", "mnist"]), (vae, ["--device", "abacus"]),
     (evaluate, ["--split", "train"]), (evaluate, ["--seeds", "1", "1"]), (vae, ["--seed", "-1"]),
+    (evaluate, ["--deep", "--split", "val"]),
     (classifier, ["--batch-size", "1"]), (data, ["--nonsense"]),
     (conv_vae, ["--epochs", "2", "--warmup-epochs", "3"]),
     (conv_vae, ["--warmup-epochs", "-1"]),
@@ -272,7 +266,7 @@ def test_malicious_checkpoint_is_refused_unread(tmp_path):
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "harm"),)
     (tmp_path / "evil.pt").write_bytes(pickle.dumps(Evil()))
-    with pytest.raises(ValueError, match="no usable checkpoint"):
+    with pytest.raises(ValueError, match="evil.pt: unusable"):
         data.read_checkpoint(tmp_path / "evil.pt")
     assert not (tmp_path / "harm").exists()
 
@@ -553,7 +547,8 @@ def test_pretrained_judge_is_accurate_small_and_batch_independent(judge, sample)
     assert meta["source"] == "full" and meta["seed"] == 0
     assert model.mean.item() == pytest.approx(0.2860, abs=1e-3)
     assert model.std.item() == pytest.approx(0.3530, abs=1e-3)
-    assert classifier.accuracy(model, sample.test_images, sample.test_labels) >= 0.93
+    _, judged = classifier.look(model, sample.test_images)
+    assert (judged == sample.test_labels).float().mean() >= 0.93
     x = sample.test_images[:20]
     with torch.no_grad():
         assert torch.allclose(model(x)[:1], model(x[:1]), atol=1e-3)
@@ -636,9 +631,32 @@ def test_fid_survives_features_that_are_always_zero():
     assert 0 <= evaluate.frechet_distance(a, b) < 1
 
 
-def test_fid_refuses_fewer_images_than_features():
+def test_fid_refuses_fewer_images_than_features_and_nan():
     with pytest.raises(ValueError, match=r"\(5, 8\).*at least 9"):
         evaluate.frechet_distance(torch.randn(5, 8), torch.randn(50, 8))
+    with pytest.raises(ValueError, match="finite"):
+        evaluate.frechet_distance(torch.randn(50, 8), torch.full((50, 8), math.nan))
+
+
+def test_a_judge_with_other_classes_or_without_its_normalisation_is_refused(judge, tmp_path):
+    state = judge[0].state_dict()
+    nine = state | {"head.weight": state["head.weight"][:9], "head.bias": state["head.bias"][:9]}
+    bare = {name: value for name, value in state.items() if name not in ("mean", "std")}
+    for wrong, reason in ((nine, "head.weight.*9"), (bare, "mean")):
+        path = data.save_checkpoint(tmp_path / "judge.pt", script="classifier", config={},
+                                    state_dict=wrong)
+        with pytest.raises(ValueError, match=f"judge.pt: unusable.*{reason}.*restore or retrain"):
+            classifier.load_model(path)
+
+
+def test_images_learned_by_heart_are_nearer_to_training_than_to_validation():
+    torch.manual_seed(0)
+    train, val, new = torch.randn(3, 400, 5).unbind()
+    copied = evaluate.nearness(train[:100] + 0.01, train, val)
+    assert copied["nearer_train"] > 0.95 and copied["nearest_train"] < 0.05
+    fresh = evaluate.nearness(new, train, val)
+    assert fresh["nearer_train"] == pytest.approx(0.5, abs=0.1)
+    assert fresh["nearest_train"] == pytest.approx(fresh["nearest_val"], rel=0.1)
 
 
 @pytest.mark.parametrize("images", [torch.full((2, 1, 28, 28), math.nan), torch.zeros(2, 784),
@@ -750,15 +768,17 @@ def test_seeds_are_averaged_with_n_minus_1():
 # ---------------------------------------------------------------- the house
 
 
-@pytest.mark.parametrize("name", ["elbo_terms", "plot_curves"])
-def test_what_is_the_same_in_the_four_scripts_is_word_for_word_the_same(name):
-    texts = {inspect.getsource(getattr(module, name)) for module in MODELS}
-    assert len(texts) == 1
+@pytest.mark.parametrize("name", ["elbo_terms", "plot_curves", "show", "pictures", "test",
+                                  "mixed_precision"])
+def test_what_is_the_same_in_several_scripts_is_word_for_word_the_same(name):
+    different = {"show": (), "pictures": (beta_vae, cvae), "test": (cvae,)}.get(name, ())
+    texts = [inspect.getsource(getattr(module, name)) for module in (*MODELS, classifier)
+             if hasattr(module, name) and module not in different]
+    assert len(texts) >= 2 and len(set(texts)) == 1
 
 
-def test_reparameterize_and_test_are_word_for_word_the_same():
+def test_classes_that_are_the_same_in_several_scripts_are_word_for_word_the_same():
     assert len({inspect.getsource(c.reparameterize) for c in MODELS.values()}) == 1
-    assert len({inspect.getsource(m.test) for m in (vae, conv_vae, beta_vae)}) == 1
     assert inspect.getsource(conv_vae.Residual) == inspect.getsource(cvae.Residual)
     assert inspect.getsource(beta_vae.BetaVAE).replace("Beta", "").replace("10", "20") == \
         inspect.getsource(vae.VAE).replace("10", "20")
@@ -775,10 +795,16 @@ def test_model_and_loss_work_pasted_alone_into_a_notebook(module, sample):
     assert names["elbo_terms"](logits, x, mu, logvar)[0].shape == (4,)
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_starts_with_the_lesson(script):
+    text = run(HERE, script, "--help")
+    assert f"python {script}.py" in text and "--out" in text
+
+
 def test_scripts_stay_short_and_narrow():
     for name in SCRIPTS:
         lines = (HERE / f"{name}.py").read_text(encoding="utf-8").splitlines()
-        assert len(lines) <= {"evaluate": 400, "data": 370}.get(name, 300), name
+        assert len(lines) <= {"evaluate": 400}.get(name, 300), name
         assert max(map(len, lines)) <= 100, name
 
 
@@ -797,7 +823,7 @@ def run(folder, script, *flags):
 
 
 FIGURES = {
-    "data": ("samples", "classes", "pixels"),
+    "data": ("samples", "distributions"),
     "vae": ("reconstructions", "samples", "curves"),
     "conv_vae": ("reconstructions", "samples", "curves", "warmup"),
     "beta_vae": ("reconstructions", "samples", "curves", "tradeoff", "traversals"),
@@ -811,8 +837,9 @@ def study(tmp_path_factory):
     out, texts = tmp_path_factory.mktemp("runs"), {}
     for script in FIGURES:
         alone = tmp_path_factory.mktemp(script)
-        for name in (f"{script}.py", "data.py", f"assets/{data.SAMPLE}"):
-            shutil.copy(HERE / name, alone)
+        (alone / "assets").mkdir()
+        for name in (f"{script}.py", "data.py", f"assets/{data.SAMPLE.name}"):
+            shutil.copy(HERE / name, alone / name)
         flags = () if script == "data" else ("--epochs", "1")
         texts[script] = run(alone, script, "--data", "sample", "--out", str(out), *flags)
     return out, texts
@@ -821,7 +848,7 @@ def study(tmp_path_factory):
 @pytest.mark.parametrize("script", FIGURES)
 def test_script_runs_alone_with_data_py_and_the_sample(script, study):
     out, texts = study
-    assert "data sample" in texts[script] and "entropy floor train 187.5" in texts[script]
+    assert "data sample train: 5,000 images, entropy floor 187.5" in texts[script]
     names = [path.name for path in out.glob(f"{script}*.png")]
     for figure in FIGURES[script]:
         assert any(name.endswith(f"-{figure}.png") for name in names), (figure, names)
@@ -831,14 +858,29 @@ def test_script_runs_alone_with_data_py_and_the_sample(script, study):
     assert not list(out.glob("*.part")) and not list(out.glob("*.probe"))
 
 
-def test_evaluate_reuses_the_checkpoints_and_its_table_adds_up(tmp_path, study):
-    runs, _ = study
-    for name in SCRIPTS:
-        shutil.copy(HERE / f"{name}.py", tmp_path)
-    shutil.copytree(HERE / "assets", tmp_path / "assets")
-    text = run(tmp_path, "evaluate", "--data", "sample", "--epochs", "1", "--out", str(runs))
-    assert "left" not in text, "trained again although the checkpoints were there"
-    results = json.loads((runs / "results.json").read_text(encoding="utf-8"))
+@pytest.fixture(scope="session")
+def evaluated(study, sample):
+    """python evaluate.py --deep after the study, on 1,000 / 500 / 500 of its images: the results,
+    what was printed, the folder, the images."""
+    small = {f"{split}_{kind}": getattr(sample, f"{split}_{kind}")[::step]
+             for split, step in (("train", 5), ("val", 2), ("test", 4))
+             for kind in ("images", "labels")}
+    floor = sample.floor | {"test": data.pixel_entropy(small["test_images"]).mean().item()}
+    small = sample._replace(**small, floor=floor)
+    out, _ = study
+    with pytest.MonkeyPatch.context() as patch, io.StringIO() as text:
+        for module in (evaluate, *MODELS):
+            patch.setattr(module, "load", lambda source: small)
+        patch.setattr(evaluate, "SIZES", (300, 500, 1000))
+        with contextlib.redirect_stdout(text):
+            evaluate.main(["--data", "sample", "--epochs", "1", "--out", str(out), "--deep"])
+        results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+        return results, text.getvalue(), out, small
+
+
+def test_evaluate_reuses_the_checkpoints_and_its_table_adds_up(evaluated):
+    results, text, _, _ = evaluated
+    assert " left" not in text, "trained again although the checkpoints were there"
     assert results["data"] == "sample" and results["split"] == "test" and results["seeds"] == [0]
     sha = hashlib.sha256(classifier.PRETRAINED.read_bytes()).hexdigest()
     assert results["judge_sha256"] == sha
@@ -850,13 +892,6 @@ def test_evaluate_reuses_the_checkpoints_and_its_table_adds_up(tmp_path, study):
         assert row["recon"] - results["floor"] == pytest.approx(row["excess"], abs=1e-9)
         assert row["fid_prior"] > results["yardsticks"]["fid_sampling_floor"]
         assert f"{row['total']:.2f}" in text
-        # the table repeats the test that the script itself made and saved, to the last digit
-        beta = row["model"].partition("β=")[2]
-        script = f"beta_vae-beta{beta}" if beta else row["model"].lower().replace(" ", "_")
-        script = script.replace("mlp_", "")
-        path = next(p for p in runs.glob(f"{script}-sample-*.pt"))
-        saved = data.read_checkpoint(path)["metrics"]["total"]
-        assert saved == pytest.approx(row["total"], rel=1e-6)
     last = results["rows"][-1]
     assert last["total_plus_log10"] == pytest.approx(last["total"] + math.log(10))
     assert f"+ log 10 = {last['total_plus_log10']:.2f}" in text
@@ -864,10 +899,32 @@ def test_evaluate_reuses_the_checkpoints_and_its_table_adds_up(tmp_path, study):
     assert len(table) == 8
     tables = text[text.index("model "):text.index("-> ")].splitlines()
     assert max(map(len, tables)) <= 100
-    for row in (results["rows"][0], results["rows"][1], results["rows"][-1]):
-        assert row["iw_1"] > row["iw_10"] > row["iw_100"] > results["floor"] - 20
-        assert row["fid_gmm"] > 0
+    for row in (results["rows"][0], results["rows"][1], last):
+        bounds = [row[f"iw_{k}"] for k in evaluate.DRAWS]
+        assert bounds == sorted(bounds, reverse=True) and bounds[-1] > results["floor"] - 20
     assert last["swap_asked"] + last["swap_kept"] <= 1
+
+
+def test_evaluate_deep_adds_fid_at_several_n_other_mixtures_and_the_nearest_images(evaluated):
+    results, text, out, small = evaluated
+    for row in (results["rows"][0], results["rows"][1], results["rows"][-1]):
+        assert row["fid_500"] == row["fid_prior"] != row["fid_300"] and "fid_1000" not in row
+        assert 0 < row["nearer_train"] < 1
+        assert f"{row['nearer_train']:.1%}" in text
+    for row in results["rows"][:2]:
+        assert len({row["fid_gmm"], row["fid_gmm_1"], row["fid_gmm_10"]}) == 3
+    assert (out / "results-sample-test-seeds0-epochs1-deep.png").exists()
+    assert len(list(out.glob("*-nearest.png"))) == 3
+
+
+@each_model
+def test_evaluate_repeats_the_test_that_each_script_made_to_the_last_digit(module, study, sample):
+    out, _ = study
+    for path in out.glob(f"{module.__name__}-*sample-*.pt"):
+        model, meta = module.load_model(path)
+        torch.manual_seed(meta["seed"])
+        again = module.test(model, sample.test_images, *given(module, sample.test_labels))
+        assert again["total"] == pytest.approx(meta["metrics"]["total"], rel=1e-6)
 
 
 def test_evaluate_refuses_a_checkpoint_of_another_study(tmp_path, study, capsys):
@@ -885,19 +942,24 @@ def test_evaluate_refuses_a_checkpoint_of_another_study(tmp_path, study, capsys)
 
 def test_conv_vae_shows_itself_beside_the_baseline(study, capsys):
     out, _ = study
-    images = data.load("sample")
-    path = next(out.glob("conv_vae-sample-*.pt"))
-    model, meta = conv_vae.load_model(path)
-    conv_vae.beside_baseline(model, meta["metrics"], images, path, torch.device("cpu"))
-    assert "total: MLP" in capsys.readouterr().out
+    path, = out.glob("conv_vae-sample-*.pt")
+    meta = data.read_checkpoint(path)
+    baseline, = out.glob("vae-sample-*.pt")
+    conv_vae.compare(meta["metrics"], meta["shown"], path, baseline)
+    mlp = data.read_checkpoint(baseline)["metrics"]
+    expected = f"total: MLP {mlp['total']:.2f}, conv {meta['metrics']['total']:.2f}"
+    assert expected in capsys.readouterr().out
     assert path.with_name(f"{path.stem}-beside-mlp.png").exists()
+    conv_vae.compare(meta["metrics"], meta["shown"], path, out / "vae-nowhere.pt")
+    assert "run vae.py" in capsys.readouterr().out
 
 
 def test_classifier_trains_and_measures_the_reloaded_file(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(classifier, "load", lambda source: tiny)
     path, = classifier.main(["--epochs", "1", "--out", str(tmp_path)])
     model, meta = classifier.load_model(path)
-    expected = classifier.accuracy(model, tiny.test_images, tiny.test_labels)
+    _, judged = classifier.look(model, tiny.test_images)
+    expected = (judged == tiny.test_labels).double().mean()
     assert f"test accuracy {expected:.2%}" in capsys.readouterr().out
     assert path.with_suffix(".png").exists()
     assert meta["state_dict"]["head.weight"].dtype == torch.float16

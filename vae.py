@@ -13,21 +13,19 @@ Both terms are in nats per image: summed over pixels and over latents, averaged 
 
     python vae.py
 
-Expect (full data, seed 0): about 2 min on 2 CPU cores; on the test images recon
-225.44 (35.59 above the floor), KL 12.89, total 238.33. Reconstructions: right shape, but blurred.
+Expect (full data, seed 0): about 2 min on 2 CPU cores; on the test images recon 225.44 (35.59 above
+the floor), KL 12.89, total 238.33. Reconstructions: right shape, but blurred.
 Try: --latent-dim 2, and scatter mu of the test images coloured by label. Or average the BCE over
-the pixels (a common mistake; with --out try): the KL weighs 784 times too much, z says nothing.
+the pixels (a common mistake; with --out try): the KL then weighs 784 times too much.
 Left out on purpose: dropout, normalisation layers, learned pixel variance, any trainer class.
 """
 import time
-from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
 
-from data import (CLASSES, Parser, UserError, announce, command, describe, image_grid, load,
-                  load_weights, pick_device, read_checkpoint, run_path, save_checkpoint,
-                  save_figure)
+from data import (CLASSES, Parser, UserError, command, describe, image_grid, load, pick_device,
+                  read_checkpoint, run_path, save_checkpoint, write_atomically)
 
 # ---------------------------------------------------------------- the model
 
@@ -142,17 +140,23 @@ def test(model, images, batch_size=1000):
 
 
 @torch.no_grad()
-def pictures(model, data, history, path, device):
-    """Reconstructions, samples from the prior, curves: PNGs beside the checkpoint."""
+def show(model, data, device):
+    """One test image of each class and its reconstruction, (10, 28, 28); 80 prior samples."""
     model.eval()
     first = [int((data.test_labels == c).nonzero()[0]) for c in range(len(CLASSES))]
-    x = data.test_images[first].to(device)              # one image of each class
+    x = data.test_images[first].to(device)              # (10, 1, 28, 28)
     logits, _, _ = model(x)
-    image_grid(torch.stack([x[:, 0], logits[:, 0].sigmoid()]),
+    z = torch.randn(80, model.latent_dim, device=device)
+    return {"original": x[:, 0].cpu(), "reconstruction": logits[:, 0].sigmoid().cpu(),
+            "sample": model.decode(z)[:, 0].sigmoid().cpu()}
+
+
+def pictures(shown, history, path):
+    """Reconstructions, samples from the prior, curves: PNGs beside the checkpoint."""
+    image_grid(torch.stack([shown["original"], shown["reconstruction"]]),
                path.with_name(f"{path.stem}-reconstructions.png"),
                "Test images and their reconstructions", ("original", "decoded z"), CLASSES)
-    z = torch.randn(80, model.latent_dim, device=device)
-    image_grid(model.decode(z).sigmoid().view(8, 10, 28, 28),
+    image_grid(shown["sample"].view(8, 10, 28, 28),
                path.with_name(f"{path.stem}-samples.png"), "Decoded draws from the prior N(0, I)")
     plot_curves(history, path.with_name(f"{path.stem}-curves.png"))
 
@@ -167,7 +171,7 @@ def plot_curves(history, path):
         axes.plot(epochs, [h[name] for h in history], "o-", ms=3, label=f"train {name}")
         axes.plot(epochs, [h[f"val_{name}"] for h in history], "s--", ms=3, label=f"val {name}")
         axes.legend()
-    save_figure(figure, path)
+    write_atomically(path, figure.savefig)
 
 
 # ---------------------------------------------------------------- the section
@@ -175,9 +179,8 @@ def plot_curves(history, path):
 
 def load_model(path, device="cpu"):
     """(trained model in eval mode, meta) from a checkpoint; UserError where it does not fit."""
-    meta = read_checkpoint(path, script="vae")
-    model = load_weights(VAE(meta["config"]["latent_dim"]), meta, path)
-    return model.to(device), meta
+    meta = read_checkpoint(path, lambda config: VAE(config["latent_dim"]), script="vae")
+    return meta["model"].to(device), meta
 
 
 @command
@@ -196,7 +199,8 @@ def main(argv=None):
     data = load(args.data)
     torch.manual_seed(args.seed)
     model = VAE(args.latent_dim).to(device)
-    announce(args, device, data, model)
+    print(*(f"{name}={value}" for name, value in vars(args).items()))
+    print(f"device {device}, {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     path, config = run_path(parser, args, "vae", data.source,
                             "epochs", "batch_size", "lr", "latent_dim")
     if args.reuse and path.exists():
@@ -207,11 +211,13 @@ def main(argv=None):
     history = train(model, data, args.epochs, args.batch_size, args.lr, device)
     torch.manual_seed(args.seed)                        # evaluate.py repeats exactly this test
     metrics = test(model, data.test_images.to(device)) | {"seconds": time.time() - start}
+    shown = show(model, data, device)
     save_checkpoint(path, script="vae", config=config, source=data.source, seed=args.seed,
-                    device=str(device), metrics=metrics, state_dict=model.state_dict())
-    pictures(model, data, history, path, device)
+                    metrics=metrics, state_dict=model.state_dict(), shown=shown)
+    pictures(shown, history, path)
     print(f"{describe('test', metrics['recon'], metrics['kl'], data.floor)} nats per image"
-          f" ({data.source}), {metrics['seconds']:.0f} s -> {path}")
+          f" ({data.source}), {metrics['seconds']:.0f} s")
+    print(f"-> {path} and beside it -reconstructions.png, -samples.png, -curves.png")
     return [path]
 
 
