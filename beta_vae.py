@@ -243,7 +243,7 @@ def train_one(beta, args, data, device, path, config):
     metrics["probe"] = linear_probe(posterior(model, data.train_images)[0], data.train_labels,
                                     mu, data.test_labels)
     save_checkpoint(path, script="beta_vae", config=config, source=data.source, seed=args.seed,
-                    metrics=metrics, state_dict=model.state_dict())
+                    device=str(device), metrics=metrics, state_dict=model.state_dict())
     plot_curves(history, path.with_name(f"{path.stem}-curves.png"))
 
 

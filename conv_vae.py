@@ -280,7 +280,8 @@ def main(argv=None):
     metrics = test(model, data.test_images.to(device)) | {"seconds": time.time() - start}
     shown = show(model, data, device)
     save_checkpoint(path, script="conv_vae", config=config, source=data.source, seed=args.seed,
-                    metrics=metrics, state_dict=model.state_dict(), shown=shown)
+                    device=str(device), metrics=metrics, state_dict=model.state_dict(),
+                    shown=shown)
     pictures(shown, history, path)
     plot_warmup(history, path.with_name(f"{path.stem}-warmup.png"))
     print(f"{describe('test', metrics['recon'], metrics['kl'], data.floor)} nats per image"

@@ -267,7 +267,7 @@ def main(argv=None):
     metrics = test(model, data.test_images.to(device), data.test_labels.to(device))
     metrics["seconds"] = time.time() - start
     save_checkpoint(path, script="cvae", config=config, source=data.source, seed=args.seed,
-                    metrics=metrics, state_dict=model.state_dict())
+                    device=str(device), metrics=metrics, state_dict=model.state_dict())
     pictures(model, data, history, path, device)
     print(f"{describe('test', metrics['recon'], metrics['kl'], data.floor)} nats per image"
           f" ({data.source}), {metrics['seconds']:.0f} s")

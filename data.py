@@ -205,7 +205,7 @@ def write_atomically(path, write):
             write(file)
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --out")
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another folder")
     return path
 
 

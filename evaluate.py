@@ -41,9 +41,8 @@ DRAWS = (1, 2, 5, 10, 20, 50, 100)                      # K of the importance-we
 
 # ---------------------------------------------------------------- the metrics
 
-
 def frechet_distance(features_a, features_b):
-    """Frechet distance of the Gaussians fitted to two sets of features (N, D), D < N; a float."""
+    """Squared Frechet distance of the Gaussians fitted to features (N, D) and (M, D); a float."""
     for features in (features_a, features_b):
         if len(features) <= features.shape[1] or not features.isfinite().all():
             raise UserError(f"features of shape {tuple(features.shape)}: they must be finite, and "
@@ -64,8 +63,8 @@ def log_joint(columns, weights, means, factors):
     rows = []
     for weight, mean, factor in zip(weights, means, factors):
         white = torch.linalg.inv(factor) @ (columns - mean[:, None])        # (D, N)
-        log_det = factor.diagonal().log().sum() + len(mean) / 2 * math.log(2 * math.pi)
-        rows.append(weight.log() - log_det - 0.5 * white.pow(2).sum(0))
+        log_norm = factor.diagonal().log().sum() + len(mean) / 2 * math.log(2 * math.pi)
+        rows.append(weight.log() - log_norm - 0.5 * white.pow(2).sum(0))
     return torch.stack(rows)
 
 
@@ -73,28 +72,30 @@ def fit_gmm(z, components, iterations=30, floor=1e-3):
     """EM for a mixture of full-covariance Gaussians (Bishop 2006, section 9.2.2) on z (N, D).
 
     Returns weights (K,), means (K, D), Cholesky factors (K, D, D), and the mean log-likelihood
-    before each step, which never falls (save where a dying component is seeded anew)."""
+    before each step: at floor = 0 EM never lowers it, save where a component is seeded anew."""
     n, d = z.shape
-    means, nearest = z[torch.randint(n, (1,))], z.new_full((n,), math.inf)
+    means, squared = z[torch.randint(n, (1,))], z.new_full((n,), math.inf)
     while len(means) < components:                      # k-means++: far points are likely seeds
-        nearest = torch.minimum(nearest, (z - means[-1]).pow(2).sum(1))
-        means = torch.cat([means, z[torch.multinomial(nearest, 1)]])
+        squared = torch.minimum(squared, (z - means[-1]).pow(2).sum(1))
+        means = torch.cat([means, z[torch.multinomial(squared, 1)]])
     columns, small = z.T.contiguous(), floor * torch.eye(d).to(z)
     whole = torch.atleast_2d(columns.cov()) + small
     weights, covariances = z.new_full((components,), 1 / components), whole.repeat(components, 1, 1)
     history = []
-    for _ in range(iterations):
+    for step in range(iterations):
         joint = log_joint(columns, weights, means, torch.linalg.cholesky(covariances))
         total = joint.logsumexp(0)                      # log p(z), (N,)
         history.append(total.mean().item())
-        share = (joint - total).exp()                   # E: who made which z, (K, N)
-        counts = share.sum(1)
-        means = share @ z / counts[:, None]             # M: weighted means and covariances
+        mine = (joint - total).exp()                    # E: responsibilities, (K, N)
+        counts = mine.sum(1).clamp(min=1e-6)
+        means = mine @ z / counts[:, None]              # M: weighted means and covariances
         for k in range(components):
             centred = columns - means[k][:, None]       # (D, N)
-            covariances[k] = (share[k] * centred) @ centred.T / counts[k] + small
-            if counts[k] < d:                           # dying: begin again at the worst point
-                means[k], covariances[k], counts[k] = z[total.argmin()], whole, n / components
+            covariances[k] = (mine[k] * centred) @ centred.T / counts[k] + small
+            if counts[k] < d and step < iterations - 5:  # dying: seed anew at the worst point
+                worst = total.argmin()
+                means[k], covariances[k], counts[k] = z[worst], whole, n / components
+                total[worst] = math.inf                 # and the next one elsewhere
         weights = counts / counts.sum()
     return weights, means, torch.linalg.cholesky(covariances), history
 
@@ -121,32 +122,32 @@ def importance_weighted_bound(model, elbo_terms, images, labels=(), draws=100, c
         # log p(z) - log q(z | x); both have the same log 2 pi, which cancels
         log_ratio = 0.5 * ((z - mu).pow(2) / logvar.exp() + logvar - z.pow(2)).sum(1)
         log_w.append(log_ratio - recon)
-    log_w = torch.stack(log_w, dim=1).double().cpu()    # (N, draws)
+    log_w = torch.stack(log_w, dim=1).cpu().double()    # (N, draws)
     return {k: -(log_w.unflatten(1, (-1, k)).logsumexp(2) - math.log(k)).mean().item()
             for k in counts}
 
 
 # ---------------------------------------------------------------- one row of the table
 
-
-# what is the same for all models; reference: features of training and validation images, or None
-Protocol = namedtuple("Protocol", "data images labels judge real device reference")
+# the same for all models. real, real_judged: what the judge sees in the images; reference: its
+# features of all training and validation images with --deep, else None
+Protocol = namedtuple("Protocol", "data images labels judge real real_judged device reference")
 
 
 def prepare(data, split, judge, device, deep):
     """(the Protocol on a split, its yardsticks: what the metrics say of perfect and hopeless)."""
     images, labels = getattr(data, f"{split}_images"), getattr(data, f"{split}_labels")
     real, judged = look(judge, images)
-    others, _ = look(judge, (data.val_images if split == "test" else data.train_images)[:len(real)])
     noise, _ = look(judge, torch.rand(images.shape))
     yardsticks = {"classifier_accuracy": controllability(judged, labels)[0],
-                  "fid_sampling_floor": frechet_distance(others, real[:len(others)]),
-                  "fid_sampling_floor_n": len(others),
-                  "fid_noise": frechet_distance(noise, real), "fid_n": len(images)}
-    reference = (look(judge, data.train_images)[0], others) if deep else None
+                  "fid_sampling_floor": frechet_distance(real[::2], real[1::2]),
+                  "fid_noise": frechet_distance(noise, real), "fid_n": len(real),
+                  "iw_n": len(images[::10 if deep else 20])}
+    reference = None
     if deep:
+        reference = look(judge, data.train_images)[0], look(judge, data.val_images)[0]
         yardsticks |= nearness(real, *reference)
-    return Protocol(data, images, labels, judge, real, device, reference), yardsticks
+    return Protocol(data, images, labels, judge, real, judged, device, reference), yardsticks
 
 
 @torch.no_grad()
@@ -173,7 +174,7 @@ def draw(model, device, *inputs):
 
 def measure(name, module, path, protocol):
     """A row of the table: the parts of the ELBO, and how the judge sees decoded z ~ N(0, I)."""
-    data, images, labels, judge, real, device, reference = protocol
+    data, images, labels, judge, real, real_judged, device, reference = protocol
     model, meta = module.load_model(path, device)
     n, beta = len(images), meta["config"].get("beta")
     torch.manual_seed(meta["seed"])                     # the same noise as in the script's own test
@@ -181,9 +182,9 @@ def measure(name, module, path, protocol):
     row = {"model": name if beta is None else f"{name} β={beta:g}", "latent_dim": model.latent_dim,
            "params": sum(p.numel() for p in model.parameters()), **scores,
            "excess": scores["recon"] - pixel_entropy(images).mean().item(),
-           "seconds": meta["metrics"]["seconds"]}
+           "seconds": meta["metrics"]["seconds"], "trained_on": meta["device"]}
     row |= dict.fromkeys(("fid_gmm", "fid_recon", "control", "control_gmm", "control_recon",
-                          "swap_asked", "swap_kept", "diversity"))
+                          "swap_asked", "swap_kept", "diversity"))         # None: does not apply
     asked = torch.arange(n) % 10
     drawn = draw(model, device, torch.randn(n, model.latent_dim), *beside(name, asked))
     features, judged = look(judge, drawn)
@@ -191,7 +192,8 @@ def measure(name, module, path, protocol):
     if name == "CVAE":
         row["total_plus_log10"] = row["total"] + math.log(10)
         row["control"], row["control_by_class"] = controllability(judged, asked)
-        row["diversity"] = diversity(features, judged, asked, real, labels)
+        row["diversity"] = diversity(features[judged == asked], asked[judged == asked],
+                                     real[real_judged == labels], labels[real_judged == labels])
         classifier.confusion_figure(asked, judged, path.with_name(f"{path.stem}-control.png"),
                                     f"Judged as the class that was asked: {row['control']:.1%}")
     if reference and beta is None:
@@ -210,7 +212,7 @@ def measure_further(name, row, model, module, protocol):
     """Fill the row of a main model. Three sources of z tell the prior's faults from the decoder's:
     N(0, I), measured before; the ex-post prior (Ghosh et al. 2020, arXiv:1903.12436); and the codes
     of the images themselves (reconstructions)."""
-    data, images, labels, judge, real, device, reference = protocol
+    data, images, labels, judge, real, real_judged, device, reference = protocol
     n, given = len(images), beside(name, labels)
     codes = sample_posterior(model, device, data.train_images, *beside(name, data.train_labels))
     if name == "CVAE":                                  # one Gaussian a class
@@ -221,8 +223,10 @@ def measure_further(name, row, model, module, protocol):
         row["fid_gmm"] = frechet_distance(features, real)
         row["control_gmm"], _ = controllability(judged, asked)
     else:
-        drawn = draw(model, device, sample_gmm(*fit_gmm(codes, 50)[:3], n))
-        row["fid_gmm"] = frechet_distance(look(judge, drawn)[0], real)
+        mixtures = {"fid_gmm": 50} | ({"fid_gmm_1": 1, "fid_gmm_10": 10} if reference else {})
+        for key, components in mixtures.items():
+            drawn = draw(model, device, sample_gmm(*fit_gmm(codes, components)[:3], n))
+            row[key] = frechet_distance(look(judge, drawn)[0], real)
 
     z = sample_posterior(model, device, images, *given)
     features, judged = look(judge, draw(model, device, z, *given))
@@ -233,13 +237,10 @@ def measure_further(name, row, model, module, protocol):
         _, judged = look(judge, draw(model, device, z, other))
         row["swap_asked"] = (judged == other).double().mean().item()
         row["swap_kept"] = (judged == labels).double().mean().item()
-    some = n // 10 if reference else n // 20
-    bounds = importance_weighted_bound(model, module.elbo_terms, images[:some].to(device),
-                                       [y[:some].to(device) for y in given])
+    some = slice(None, None, 10 if reference else 20)
+    bounds = importance_weighted_bound(model, module.elbo_terms, images[some].to(device),
+                                       [y[some].to(device) for y in given])
     row |= {f"iw_{k}": bound for k, bound in bounds.items()}
-    for components in (1, 10) if reference and name != "CVAE" else ():
-        drawn = draw(model, device, sample_gmm(*fit_gmm(codes, components)[:3], n))
-        row[f"fid_gmm_{components}"] = frechet_distance(look(judge, drawn)[0], real)
 
 
 def average(rows):
@@ -302,13 +303,14 @@ def report(results, markdown=False):
     total, with_label = (cell(rows[-1][key], "{:.2f}") for key in ("total", "total_plus_log10"))
     lines = [
         f"Fashion-MNIST ({results['data']}), {results['split']} split, {yardsticks['fid_n']:,}"
-        f" images; nats; seeds {results['seeds']}; {results['device']}, torch {results['torch']}",
+        f" images (IW {yardsticks['iw_n']:,}); nats; seeds {results['seeds']};"
+        f" {results['device']}, torch {results['torch']}",
         "", *table(rows, MAIN, markdown), "",
         f"- Entropy floor {results['floor']:.2f}: no decoder can have a smaller recon.",
-        f"- CVAE: {total} + log 10 = {with_label} compares with a VAE's total:"
-        " -log p(x) <= -log p(x | y) + log 10.",
-        f"- FID proxy: {yardsticks['fid_sampling_floor']:.3f} between real and other real images"
-        f" (n = {yardsticks['fid_sampling_floor_n']:,}), {yardsticks['fid_noise']:.1f} for noise.",
+        f"- CVAE: {total} + log 10 = {with_label} compares with a VAE's total (so for -ELBO and IW):",
+        "  -log p(x) <= -log p(x | y) + log 10.",
+        f"- FID proxy: {yardsticks['fid_sampling_floor']:.3f} between halves of the real images"
+        f" (n = {yardsticks['fid_n'] // 2:,}), {yardsticks['fid_noise']:.1f} for noise.",
         f"- control: 10 % is chance; real images: {yardsticks['classifier_accuracy']:.1%}.",
         "", *table(main_rows, FURTHER, markdown)]
     if "nearer_train" in yardsticks:
@@ -322,18 +324,18 @@ def plot_deep(rows, path):
     left = figure.add_subplot(1, 2, 1, title="FID depends on n: compare equal n only",
                               xlabel="images n", ylabel="FID proxy", xscale="log")
     right = figure.add_subplot(1, 2, 2, title="More draws K, a tighter bound", xscale="log",
-                               xlabel="draws K", ylabel="bound on -log p, nats")
+                               xlabel="draws K", ylabel="-log p(x) < ..., nats (CVAE: + log 10)")
     for row in rows:
         mean = {key: v["mean"] if isinstance(v, dict) else v for key, v in row.items()}
         sizes = [m for m in SIZES if f"fid_{m}" in mean]
-        left.plot(sizes, [mean[f"fid_{m}"] for m in sizes], "o-", label=mean["model"])
-        right.plot(DRAWS, [mean[f"iw_{k}"] for k in DRAWS], "o-", label=mean["model"])
+        left.plot(sizes, [mean[f"fid_{m}"] for m in sizes], "o-")
+        offset = math.log(10) if row["model"] == "CVAE" else 0
+        right.plot(DRAWS, [mean[f"iw_{k}"] + offset for k in DRAWS], "o-", label=row["model"])
     right.legend()
     write_atomically(path, figure.savefig)
 
 
 # ---------------------------------------------------------------- the study
-
 
 @command
 def main(argv=None):
@@ -358,15 +360,13 @@ def main(argv=None):
     device = pick_device(args.device)
     data = load(args.data)
     judge, judge_meta = classifier.load_pretrained(device)
-    paths = {}                                          # of each model: [paths] for every seed
+    flags = ["--data", data.source, "--device", args.device, "--out", str(args.out), "--reuse"]
+    flags += ["--epochs", str(args.epochs)] if args.epochs else []
+    paths = {name: [] for name in STUDY}                # for every seed a list of checkpoints
     for name, module in STUDY.items():
-        paths[name] = []
         for seed in args.seeds:
             print(f"\n=== {name}, seed {seed}", flush=True)
-            flags = ["--data", data.source, "--seed", str(seed), "--device", args.device,
-                     "--out", str(args.out), "--reuse"]
-            flags += ["--epochs", str(args.epochs)] if args.epochs else []
-            paths[name].append(module.main(flags))
+            paths[name].append(module.main([*flags, "--seed", str(seed)]))
 
     print("\n=== metrics", flush=True)
     start = time.time()
@@ -382,11 +382,11 @@ def main(argv=None):
                "torch": str(torch.__version__), "seeds": args.seeds, "epochs": args.epochs,
                "floor": data.floor[args.split], "judge_sha256": judge_meta["sha256"],
                "metrics_seconds": time.time() - start, "yardsticks": yardsticks, "rows": rows}
-    trial = f"-epochs{args.epochs}" if args.epochs else ""
+    trial = (f"-epochs{args.epochs}" if args.epochs else "") + "-deep" * args.deep
     seeds = "-".join(map(str, args.seeds))
     stem = args.out / f"results-{data.source}-{args.split}-seeds{seeds}{trial}"
     if args.deep:
-        plot_deep([r for r in rows if r["fid_gmm"]], stem.with_name(f"{stem.name}-deep.png"))
+        plot_deep([r for r in rows if r["fid_gmm"]], stem.with_name(f"{stem.name}.png"))
     text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     markdown = "\n".join(report(results, markdown=True)) + "\n"
     for name in (stem.name, "results"):                 # results.json is always the latest

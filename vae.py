@@ -213,7 +213,8 @@ def main(argv=None):
     metrics = test(model, data.test_images.to(device)) | {"seconds": time.time() - start}
     shown = show(model, data, device)
     save_checkpoint(path, script="vae", config=config, source=data.source, seed=args.seed,
-                    metrics=metrics, state_dict=model.state_dict(), shown=shown)
+                    device=str(device), metrics=metrics, state_dict=model.state_dict(),
+                    shown=shown)
     pictures(shown, history, path)
     print(f"{describe('test', metrics['recon'], metrics['kl'], data.floor)} nats per image"
           f" ({data.source}), {metrics['seconds']:.0f} s")
