@@ -307,7 +307,7 @@ def report(results, markdown=False):
         f" {results['device']}, torch {results['torch']}",
         "", *table(rows, MAIN, markdown), "",
         f"- Entropy floor {results['floor']:.2f}: no decoder can have a smaller recon.",
-        f"- CVAE: {total} + log 10 = {with_label} compares with a VAE's total (so for -ELBO and IW):",
+        f"- CVAE: {total} + log 10 = {with_label} compares with a VAE's total (so -ELBO, IW):",
         "  -log p(x) <= -log p(x | y) + log 10.",
         f"- FID proxy: {yardsticks['fid_sampling_floor']:.3f} between halves of the real images"
         f" (n = {yardsticks['fid_n'] // 2:,}), {yardsticks['fid_noise']:.1f} for noise.",
@@ -322,14 +322,14 @@ def plot_deep(rows, path):
     """FID against the number of images, and the bound against the number of draws."""
     figure = Figure((9, 3.8), 110, layout="constrained")
     left = figure.add_subplot(1, 2, 1, title="FID depends on n: compare equal n only",
-                              xlabel="images n", ylabel="FID proxy", xscale="log")
+                              xlabel="images n", ylabel="FID(n) - FID(all)", xscale="log")
     right = figure.add_subplot(1, 2, 2, title="More draws K, a tighter bound", xscale="log",
-                               xlabel="draws K", ylabel="-log p(x) < ..., nats (CVAE: + log 10)")
+                               xlabel="draws K", ylabel="bound on -log p(x), nats")
     for row in rows:
         mean = {key: v["mean"] if isinstance(v, dict) else v for key, v in row.items()}
         sizes = [m for m in SIZES if f"fid_{m}" in mean]
-        left.plot(sizes, [mean[f"fid_{m}"] for m in sizes], "o-")
-        offset = math.log(10) if row["model"] == "CVAE" else 0
+        left.plot(sizes, [mean[f"fid_{m}"] - mean["fid_prior"] for m in sizes], "o-")
+        offset = math.log(10) if row["model"] == "CVAE" else 0              # of its -log p(x | y)
         right.plot(DRAWS, [mean[f"iw_{k}"] + offset for k in DRAWS], "o-", label=row["model"])
     right.legend()
     write_atomically(path, figure.savefig)
