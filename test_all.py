@@ -265,7 +265,7 @@ def test_malicious_checkpoint_is_refused_unread(tmp_path):
     class Evil:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "harm"),)
-    (tmp_path / "evil.pt").write_bytes(pickle.dumps(Evil()))
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps(Evil(), protocol=2))
     with pytest.raises(ValueError, match="evil.pt: unusable"):
         data.read_checkpoint(tmp_path / "evil.pt")
     assert not (tmp_path / "harm").exists()
