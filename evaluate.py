@@ -31,8 +31,7 @@ import conv_vae
 import cvae
 import vae
 from classifier import controllability, diversity, look, nearness
-from data import (Parser, UserError, command, image_grid, load, pick_device, pixel_entropy,
-                  write_atomically)
+from data import Parser, UserError, command, image_grid, load, pick_device, write_atomically
 
 STUDY = {"MLP VAE": vae, "Conv VAE": conv_vae, "β-VAE": beta_vae, "CVAE": cvae}
 SIZES = (1000, 2000, 5000, 10_000)                      # numbers of images for the FID (--deep)
@@ -131,7 +130,8 @@ def importance_weighted_bound(model, elbo_terms, images, labels=(), draws=100, c
 
 # the same for all models. real, real_judged: what the judge sees in the images; reference: its
 # features of all training and validation images with --deep, else None
-Protocol = namedtuple("Protocol", "data images labels judge real real_judged device reference")
+Protocol = namedtuple("Protocol", "data split images labels judge real real_judged device"
+                      " reference")
 
 
 def prepare(data, split, judge, device, deep):
@@ -147,7 +147,7 @@ def prepare(data, split, judge, device, deep):
     if deep:
         reference = look(judge, data.train_images)[0], look(judge, data.val_images)[0]
         yardsticks |= nearness(real, *reference)
-    return Protocol(data, images, labels, judge, real, judged, device, reference), yardsticks
+    return Protocol(data, split, images, labels, judge, real, judged, device, reference), yardsticks
 
 
 @torch.no_grad()
@@ -174,14 +174,14 @@ def draw(model, device, *inputs):
 
 def measure(name, module, path, protocol):
     """A row of the table: the parts of the ELBO, and how the judge sees decoded z ~ N(0, I)."""
-    data, images, labels, judge, real, real_judged, device, reference = protocol
+    data, split, images, labels, judge, real, real_judged, device, reference = protocol
     model, meta = module.load_model(path, device)
     n, beta = len(images), meta["config"].get("beta")
     torch.manual_seed(meta["seed"])                     # the same noise as in the script's own test
     scores = module.test(model, images.to(device), *beside(name, labels.to(device)))
     row = {"model": name if beta is None else f"{name} β={beta:g}", "latent_dim": model.latent_dim,
            "params": sum(p.numel() for p in model.parameters()), **scores,
-           "excess": scores["recon"] - pixel_entropy(images).mean().item(),
+           "excess": scores["recon"] - data.floor[split],
            "seconds": meta["metrics"]["seconds"], "trained_on": meta["device"]}
     row |= dict.fromkeys(("fid_gmm", "fid_recon", "control", "control_gmm", "control_recon",
                           "swap_asked", "swap_kept", "diversity"))         # None: does not apply
@@ -194,8 +194,9 @@ def measure(name, module, path, protocol):
         row["control"], row["control_by_class"] = controllability(judged, asked)
         row["diversity"] = diversity(features[judged == asked], asked[judged == asked],
                                      real[real_judged == labels], labels[real_judged == labels])
-        classifier.confusion_figure(asked, judged, path.with_name(f"{path.stem}-control.png"),
-                                    f"Judged as the class that was asked: {row['control']:.1%}")
+        classifier.confusion_figure(
+            asked, judged, path.with_name(f"{path.stem}-{split}-control.png"),
+            f"Asked for a class, and judged as that class: {row['control']:.1%}")
     if reference and beta is None:
         row |= {f"fid_{m}": frechet_distance(features[:m], real[:m]) for m in SIZES if m <= n}
         row |= nearness(features, *reference)
@@ -212,7 +213,7 @@ def measure_further(name, row, model, module, protocol):
     """Fill the row of a main model. Three sources of z tell the prior's faults from the decoder's:
     N(0, I), measured before; the ex-post prior (Ghosh et al. 2020, arXiv:1903.12436); and the codes
     of the images themselves (reconstructions)."""
-    data, images, labels, judge, real, real_judged, device, reference = protocol
+    data, _, images, labels, judge, real, _, device, reference = protocol
     n, given = len(images), beside(name, labels)
     codes = sample_posterior(model, device, data.train_images, *beside(name, data.train_labels))
     if name == "CVAE":                                  # one Gaussian a class
