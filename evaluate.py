@@ -128,10 +128,9 @@ def importance_weighted_bound(model, elbo_terms, images, labels=(), draws=100, c
 
 # ---------------------------------------------------------------- one row of the table
 
-# the same for all models. real, real_judged: what the judge sees in the images; reference: its
-# features of all training and validation images with --deep, else None
-Protocol = namedtuple("Protocol", "data split images labels judge real real_judged device"
-                      " reference")
+# the same for all models. real, judged: features and classes that the judge sees in the images;
+# reference: its features of all training and validation images with --deep, else None
+Protocol = namedtuple("Protocol", "data split images labels judge real judged device reference")
 
 
 def prepare(data, split, judge, device, deep):
