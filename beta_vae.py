@@ -135,7 +135,6 @@ def test(model, images, batch_size=1000):
 
 # ---------------------------------------------------------------- what the latent space learned
 
-
 @torch.no_grad()
 def posterior(model, images, batch_size=1000):
     """mu and logvar, each (N, latent_dim), of all images, on the CPU."""
@@ -284,6 +283,7 @@ def main(argv=None):
         kl = dimension_kl(*posterior(models[beta], data.test_images))
         plot_traversals(models[beta], data.test_images[:1], kl, beta,
                         path.with_name(f"{path.stem}-traversals.png"), device)
+    torch.manual_seed(args.seed)                        # the same pictures, trained now or before
     pictures(models, data, sweep, device)
     plot_tradeoff(rows, sweep.with_name(f"{sweep.stem}-tradeoff.png"))
     print(f"test ({data.source}), at beta = 1, nats per image; probe: linear classifier on mu")

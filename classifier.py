@@ -19,6 +19,7 @@ Left out on purpose: test-time augmentation, ensembles, pretraining on anything 
 """
 import contextlib
 import hashlib
+import math
 import time
 from pathlib import Path
 
@@ -34,7 +35,7 @@ PRETRAINED = Path(__file__).resolve().parent / "assets" / "fashion-resnet18.pt"
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions around a shortcut: relu(shortcut(x) + F(x))."""
+    """Two 3 x 3 convolutions and a shortcut around them: relu(shortcut(x) + F(x))."""
 
     def __init__(self, inputs, outputs, stride):
         super().__init__()
@@ -102,7 +103,7 @@ def look(judge, images, batch_size=100):
     """What the judge sees: raw images (N, 1, 28, 28) -> (features (N, 256), classes (N,)).
 
     UserError for another shape, NaN, or values outside [0, 1] (normalised images, or logits).
-    Per image, batches of 100 took 0.6 of the time of batches of 500 (2 CPU cores).
+    Batches are small because larger ones were slower on the CPU.
     """
     if images.dim() != 4 or images.shape[1:] != (1, 28, 28):
         raise UserError(f"images have shape {tuple(images.shape)}: (N, 1, 28, 28) is needed")
@@ -126,8 +127,8 @@ def controllability(judged, asked):
 
 def diversity(features, labels, real_features, real_labels):
     """Mean pairwise distance of features within a class, over that of real images, averaged over
-    the classes: 1 is as varied as real images, 0 one image a class. Both sides without the images
-    that the judge puts into another class."""
+    the classes: 1 is as varied as real images, 0 one image a class. features (N, D), labels (N,):
+    give only images that the judge puts into their class, on both sides."""
     ratios = []
     for c in range(len(CLASSES)):
         drawn, real = features[labels == c], real_features[real_labels == c]
@@ -140,19 +141,19 @@ def nearness(features, train_features, val_features):
     """Memorisation, to be held beside the same figures of test images. Median distance to the
     nearest of equally many training and validation images; how often the nearest of *all* training
     and validation images is a training image (by chance: as often as they are training images)."""
-    distance = {"train": [], "val": [], "all": []}
+    distance = {"train": [], "some": [], "val": []}     # some: as many training images as val has
     for part in features.split(1000):
         to_train, to_val = torch.cdist(part, train_features), torch.cdist(part, val_features)
-        distance["all"].append(to_train.min(1).values)
-        distance["train"].append(to_train[:, :len(val_features)].min(1).values)
+        distance["train"].append(to_train.min(1).values)
+        distance["some"].append(to_train[:, :len(val_features)].min(1).values)
         distance["val"].append(to_val.min(1).values)
-    train, val, whole = (torch.cat(parts) for parts in distance.values())
-    return {"nearest_train": train.median().item(), "nearest_val": val.median().item(),
-            "nearer_train": (whole < val).double().mean().item()}
+    train, some, val = (torch.cat(parts) for parts in distance.values())
+    return {"nearest_train": some.median().item(), "nearest_val": val.median().item(),
+            "nearer_train": (train < val).double().mean().item()}
 
 
 def half_precision(state):
-    """Matrices and kernels as float16: 5.7 MB instead of 11. Vectors and buffers stay float32."""
+    """Matrices and kernels as float16, half the size. Vectors and buffers stay float32."""
     return {name: value.half() if value.dim() > 1 else value for name, value in state.items()}
 
 
@@ -178,15 +179,17 @@ def mixed_precision(device):
 
 
 def train(model, data, args, device, resume_path, config):
-    """SGD with Nesterov momentum, OneCycle, label smoothing; returns the best epoch's weights."""
+    """SGD with Nesterov momentum, OneCycle, label smoothing. Returns the state: "weights" of the
+    epoch with the "best" validation accuracy, "seconds" of training. Resumes from resume_path."""
     x_train, y_train = data.train_images.to(device), data.train_labels.to(device)
     model.to(device, memory_format=torch.channels_last)
     generator = torch.Generator().manual_seed(args.seed)
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, nesterov=True,
                                 weight_decay=5e-4)  # OneCycle moves the momentum: .95, .85, .95
     steps = -(-len(x_train) // args.batch_size)
+    # at least 5 steps: of 4, OneCycle would rise for 0 steps, and divide by that
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, args.lr, total_steps=max(5, args.epochs * steps), pct_start=0.25)  # 4: 0 / 0
+        optimizer, args.lr, total_steps=max(5, args.epochs * steps), pct_start=0.25)
     state = {"epoch": 0, "best": -1.0, "weights": None, "seconds": 0.0}
     if resume_path.exists():
         saved = read_checkpoint(resume_path, config=config, source=data.source, seed=args.seed)
@@ -213,7 +216,7 @@ def train(model, data, args, device, resume_path, config):
             schedule.step()
             hits += (logits.argmax(1) == y).sum().item()
             losses += loss.item() * len(y)
-        if not losses < float("inf"):
+        if not math.isfinite(losses):
             raise UserError(f"the loss became {losses} in epoch {state['epoch'] + 1}: lower --lr")
         validation, _ = controllability(look(model, data.val_images)[1], data.val_labels)
         state["epoch"] += 1

@@ -1,7 +1,7 @@
 """Section 5: the conditional VAE: ask for a class, and z is left mostly with the style.
 
 Encoder and decoder are both told the label y (Kingma et al. 2014, arXiv:1406.5298, model M2; Sohn
-et al. 2015, NeurIPS, eq. 4: their x is our y, their prior is learned). Without warm-up, given y:
+et al. 2015, NeurIPS, eq. 4: their x is our y, their prior is learned). No warm-up; all is given y:
 
     loss  =  E_q(z | x, y) [ -log p(x | z, y) ]  +  KL( q(z | x, y) || N(0, I) )
 
@@ -83,8 +83,8 @@ class CVAE(torch.nn.Module):
     def encode(self, x, y):
         """q(z | x, y): x (B, 1, 28, 28), y (B,) -> mu, logvar, each (B, latent_dim)."""
         patches = torch.nn.functional.pixel_unshuffle(x, 4)                 # (B, 16, 7, 7)
-        planes = torch.nn.functional.one_hot(y, 10).to(x.dtype)             # (B, 10)
-        planes = planes[:, :, None, None].expand(-1, -1, 7, 7)              # (B, 10, 7, 7)
+        label = torch.nn.functional.one_hot(y, 10).to(x.dtype)              # (B, 10)
+        planes = label[:, :, None, None].expand(-1, -1, 7, 7)               # (B, 10, 7, 7)
         mu, logvar = self.encoder(torch.cat([patches, planes], dim=1)).chunk(2, dim=1)
         return mu, logvar
 

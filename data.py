@@ -1,7 +1,7 @@
 """Section 1: Fashion-MNIST, looked at before anything is trained on it.
 
 Fashion-MNIST (Xiao, Rasul & Vollgraf 2017, arXiv:1708.07747) is 70,000 images of clothes, 28 x 28
-grey pixels, ten classes. Pixels stay in [0, 1], never standardised: the loss of every model here is
+grey pixels, ten classes. Pixels stay in [0, 1], never standardised: the loss of every VAE here is
 a binary cross-entropy, which needs targets in [0, 1]:
 
     BCE(x, p) = - sum_i [ x_i log p_i + (1 - x_i) log(1 - p_i) ]          nats per image
@@ -67,7 +67,7 @@ def unpack(raw, name, where):
         if hashlib.sha256(raw).hexdigest() != FILES[name]:
             raise ValueError("wrong checksum")
     except Exception as error:  # OSError, EOFError or zlib.error: damaged all the same
-        raise UserError(f"{where}: damaged, or other data ({error}); delete it and try again")
+        raise UserError(f"{where}: damaged, or other data ({error}); get it anew")
     # IDX format: 0, 0, type (8 = uint8), number of axes; then the size of each axis; then the data
     axes = raw[3]
     sizes = np.frombuffer(raw, ">u4", count=axes, offset=4)
@@ -84,7 +84,7 @@ def download(name, folder):
                     raw += chunk
                     if sys.stderr.isatty():
                         print(f"{url}: {len(raw) / 1e6:.1f} MB", end="\r", file=sys.stderr)
-            unpack(raw, name, url)
+            unpack(raw, name, "the reply")
         except Exception as error:  # whatever a network can do means the same: the next mirror
             print(f"no luck with {url}: {error}", file=sys.stderr)
         else:
@@ -180,7 +180,7 @@ class Parser(argparse.ArgumentParser):
             if not low <= kind(word) <= high:
                 raise ValueError
             return kind(word)
-        convert.__name__ = f"number ({low} to {high})"  # argparse's message: "invalid ... value"
+        convert.__name__ = f"{kind.__name__} ({low} to {high})"  # argparse: "invalid ... value"
         self.add_argument(flag, type=convert, default=default, help=text, **more)
 
     def error(self, message):
@@ -215,7 +215,7 @@ def run_path(parser, args, script, source, *names):
     config = {name: getattr(args, name) for name in names}
     trial = {name: value for name, value in config.items() if value != parser.get_default(name)}
     mark = "-" + hashlib.sha256(repr(trial).encode()).hexdigest()[:8] if trial else ""
-    path = Path(args.out) / f"{script}-{source}-seed{args.seed}{mark}.pt"
+    path = args.out / f"{script}-{source}-seed{args.seed}{mark}.pt"
     # a folder that cannot be written shall fail now, not after the training
     write_atomically(path.with_suffix(".probe"), lambda file: None).unlink(missing_ok=True)
     return path, config
@@ -277,7 +277,7 @@ def explore(data, out):
                                title=f"Pixels: {(pixels == 0).mean():.0%} are exactly black")
     right.hist(pixels, bins=64, weights=np.full(len(pixels), 1 / len(pixels)), log=True)
     for i, split in enumerate(SPLITS):
-        x, y = data[2 * i], data[2 * i + 1]
+        x, y = getattr(data, f"{split}_images"), getattr(data, f"{split}_labels")
         counts = y.bincount(minlength=10)
         print(f"{split}: {counts.min():,} to {counts.max():,} images a class; pixels {x.min():.0f}"
               f" to {x.max():.0f}, mean {x.mean():.4f}, std {x.std():.4f},"

@@ -3,7 +3,7 @@
 Trains what is not trained yet, then measures everything on the same test images, which no model
 and no choice has seen. Generators see raw [0, 1] images; the classifier normalises inside itself,
 so generated images are normalised once, on their way into it. recon, KL and total are nats per
-image at full KL weight, from one posterior sample. The FID proxy, as many images in every row:
+image at full KL weight, from one posterior sample. The FID proxy, of equally many images a row:
 
     FID  =  |m_a - m_b|^2  +  tr( S_a + S_b - 2 (S_a^1/2 S_b S_a^1/2)^1/2 )      0 = same Gaussian
 
@@ -14,7 +14,7 @@ features. These are not Inception's features: a *proxy*, comparable within this 
     python evaluate.py --split val        # the same metrics on validation: for choosing
     python evaluate.py --deep             # and what takes longer: memorisation, the bias of FID
 
-Expect: 20 to 25 min on 2 CPU cores (full data), and the table that stands in the README.
+Expect (full data, --deep): the tables and the minutes that stand in the README.
 """
 import json
 import math
@@ -67,17 +67,17 @@ def log_joint(columns, weights, means, factors):
     return torch.stack(rows)
 
 
-def fit_gmm(z, components, iterations=30, floor=1e-3):
+def fit_gmm(z, components, iterations=30, ridge=1e-3):
     """EM for a mixture of full-covariance Gaussians (Bishop 2006, section 9.2.2) on z (N, D).
 
     Returns weights (K,), means (K, D), Cholesky factors (K, D, D), and the mean log-likelihood
-    before each step: at floor = 0 EM never lowers it, save where a component is seeded anew."""
+    before each step: at ridge = 0 EM never lowers it, save where a component is seeded anew."""
     n, d = z.shape
     means, squared = z[torch.randint(n, (1,))], z.new_full((n,), math.inf)
     while len(means) < components:                      # k-means++: far points are likely seeds
         squared = torch.minimum(squared, (z - means[-1]).pow(2).sum(1))
         means = torch.cat([means, z[torch.multinomial(squared, 1)]])
-    columns, small = z.T.contiguous(), floor * torch.eye(d).to(z)
+    columns, small = z.T.contiguous(), ridge * torch.eye(d).to(z)
     whole = torch.atleast_2d(columns.cov()) + small
     weights, covariances = z.new_full((components,), 1 / components), whole.repeat(components, 1, 1)
     history = []
@@ -91,7 +91,7 @@ def fit_gmm(z, components, iterations=30, floor=1e-3):
         for k in range(components):
             centred = columns - means[k][:, None]       # (D, N)
             covariances[k] = (mine[k] * centred) @ centred.T / counts[k] + small
-            if counts[k] < d and step < iterations - 5:  # dying: seed anew at the worst point
+            if counts[k] < d and step < iterations - 5:  # dying: seed anew while it can settle
                 worst = total.argmin()
                 means[k], covariances[k], counts[k] = z[worst], whole, n / components
                 total[worst] = math.inf                 # and the next one elsewhere
@@ -270,7 +270,7 @@ FURTHER = (("model", "model", "{}", 0), ("FID ex-post", "fid_gmm", "{:.2f}", 1),
            ("ctl recon", "control_recon", "{:.1%}", 1), ("swap to", "swap_asked", "{:.1%}", 0),
            ("still", "swap_kept", "{:.1%}", 0), ("diversity", "diversity", "{:.2f}", 1))
 DEEP = (("model", "model", "{}", 0), *((f"FID {m:,}", f"fid_{m}", "{:.2f}", 0) for m in SIZES),
-        ("K=1", "fid_gmm_1", "{:.2f}", 0), ("K=10", "fid_gmm_10", "{:.2f}", 0),
+        ("GMM 1", "fid_gmm_1", "{:.2f}", 0), ("GMM 10", "fid_gmm_10", "{:.2f}", 0),
         ("d train", "nearest_train", "{:.3f}", 0), ("d val", "nearest_val", "{:.3f}", 0),
         ("nearer", "nearer_train", "{:.1%}", 0))
 
@@ -307,7 +307,7 @@ def report(results, markdown=False):
         f" {results['device']}, torch {results['torch']}",
         "", *table(rows, MAIN, markdown), "",
         f"- Entropy floor {results['floor']:.2f}: no decoder can have a smaller recon.",
-        f"- CVAE: {total} + log 10 = {with_label} compares with a VAE's total (so -ELBO, IW):",
+        f"- CVAE: {total} + log 10 = {with_label} compares with a VAE's total; likewise -ELBO, IW:",
         "  -log p(x) <= -log p(x | y) + log 10.",
         f"- FID proxy: {yardsticks['fid_sampling_floor']:.3f} between halves of the real images"
         f" (n = {yardsticks['fid_n'] // 2:,}), {yardsticks['fid_noise']:.1f} for noise.",
@@ -329,7 +329,7 @@ def plot_deep(rows, path):
         mean = {key: v["mean"] if isinstance(v, dict) else v for key, v in row.items()}
         sizes = [m for m in SIZES if f"fid_{m}" in mean]
         left.plot(sizes, [mean[f"fid_{m}"] - mean["fid_prior"] for m in sizes], "o-")
-        offset = math.log(10) if row["model"] == "CVAE" else 0              # of its -log p(x | y)
+        offset = math.log(10) if row["model"] == "CVAE" else 0  # so that it too bounds -log p(x)
         right.plot(DRAWS, [mean[f"iw_{k}"] + offset for k in DRAWS], "o-", label=row["model"])
     right.legend()
     write_atomically(path, figure.savefig)
@@ -382,7 +382,7 @@ def main(argv=None):
                "torch": str(torch.__version__), "seeds": args.seeds, "epochs": args.epochs,
                "floor": data.floor[args.split], "judge_sha256": judge_meta["sha256"],
                "metrics_seconds": time.time() - start, "yardsticks": yardsticks, "rows": rows}
-    trial = (f"-epochs{args.epochs}" if args.epochs else "") + "-deep" * args.deep
+    trial = (f"-epochs{args.epochs}" if args.epochs else "") + ("-deep" if args.deep else "")
     seeds = "-".join(map(str, args.seeds))
     stem = args.out / f"results-{data.source}-{args.split}-seeds{seeds}{trial}"
     if args.deep:
@@ -392,7 +392,7 @@ def main(argv=None):
     for name in (stem.name, "results"):                 # results.json is always the latest
         write_atomically(args.out / f"{name}.json", lambda file: file.write(text.encode()))
         write_atomically(args.out / f"{name}.md", lambda file: file.write(markdown.encode()))
-    print("", *report(results), f"-> {args.out / 'results.json'} = {stem}.json, .md", sep="\n")
+    print("", *report(results), f"-> {stem}.json, .md (= results.*), figures beside", sep="\n")
 
 
 if __name__ == "__main__":
