@@ -1,7 +1,7 @@
 """Section 5: the conditional VAE: ask for a class, and z is left mostly with the style.
 
 Encoder and decoder are both told the label y (Kingma et al. 2014, arXiv:1406.5298, model M2; Sohn
-et al. 2015, NeurIPS, eq. 4: their x is our y, their prior is learned). The loss of section 2, given y:
+et al. 2015, NeurIPS, eq. 4: their x is our y, their prior is learned). Section 2's loss, given y:
 
     loss  =  E_q(z | x, y) [ -log p(x | z, y) ]  +  KL( q(z | x, y) || N(0, I) )
 
