@@ -13,7 +13,7 @@ so that z learns to carry something before it has to pay for it. Evaluation alwa
     python conv_vae.py
 
 Expect (full data, seed 0): about 5 min on 2 CPU cores; on the test images recon
-222.26 (32.40 above the floor), KL 14.68, total 236.94: 1.4 nats below the MLP of section 2.
+220.23 (30.37 above the floor), KL 15.44, total 235.67: 1.9 nats below the MLP of section 2.
 Try: --warmup-epochs 0. On validation that ended at 234.06 against 233.86 (one seed each): too close
 to say whether the warm-up pays. It stays as the lesson of this section.
 Left out on purpose: normalisation layers, a deeper residual stack, free bits, any other loss.

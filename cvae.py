@@ -13,8 +13,8 @@ The total bounds -log p(x | y), not -log p(x): beside a VAE, add log 10 = 2.30 n
 
     python cvae.py
 
-Expect (full data, seed 0): 5 to 6 min on 2 CPU cores; on the test images recon 221.56 (31.70 above
-the floor), KL 11.91, total 233.47; with log 10: 235.77, still below the VAE of section 3 (236.94).
+Expect (full data, seed 0): about 5 min on 2 CPU cores; on the test images recon 220.04 (30.19 above
+the floor), KL 12.42, total 232.46; with log 10: 234.77, still below the VAE of section 3 (235.67).
 Try (with --out try): leave y out of the decoder: z must carry the class again.
 Left out on purpose: a learned prior p(z | y), a classifier term in the loss, guidance.
 """
