@@ -41,7 +41,7 @@ DRAWS = (1, 2, 5, 10, 20, 50, 100)                      # K of the importance-we
 # ---------------------------------------------------------------- the metrics
 
 def frechet_distance(features_a, features_b):
-    """Squared Frechet distance of the Gaussians fitted to features (N, D) and (M, D); a float."""
+    """Squared Frechet distance of the Gaussians fitted to features (N, D), (M, D); N and M > D."""
     for features in (features_a, features_b):
         if len(features) <= features.shape[1] or not features.isfinite().all():
             raise UserError(f"features of shape {tuple(features.shape)}: they must be finite, and "
