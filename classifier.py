@@ -106,7 +106,7 @@ def look(judge, images, batch_size=100):
     Batches are small because larger ones were slower on the CPU.
     """
     if images.dim() != 4 or images.shape[1:] != (1, 28, 28):
-        raise UserError(f"images have shape {tuple(images.shape)}: (N, 1, 28, 28) is needed")
+        raise UserError(f"images have shape {tuple(images.shape)}: reshape to (N, 1, 28, 28)")
     low, high = images.min().item(), images.max().item()
     if not 0 <= low <= high <= 1:
         raise UserError(f"images range from {low} to {high}: the classifier takes raw images in "
@@ -118,9 +118,10 @@ def look(judge, images, batch_size=100):
 
 
 def controllability(judged, asked):
-    """(share of images judged as the class that was asked for, list of that share by class)."""
+    """(share of images judged as the class that was asked for, list of that share by class); for
+    real images and their labels this is the accuracy. Both (N,); UserError for other classes."""
     if len(asked) == 0 or not 0 <= asked.min() <= asked.max() <= 9:
-        raise UserError(f"asked for {asked.unique().tolist()}: classes are 0 to 9, at least one")
+        raise UserError(f"asked for classes {asked.unique().tolist()}: give labels from 0 to 9")
     hits = (judged == asked).double()
     return hits.mean().item(), [hits[asked == c].mean().item() for c in range(len(CLASSES))]
 

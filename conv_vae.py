@@ -225,10 +225,10 @@ def plot_warmup(history, path):
 
 def compare(metrics, shown, path, baseline):
     """Numbers and pictures of section 2, where it was run before, beside these."""
-    if not baseline.exists():
-        print(f"(run vae.py as well to compare with the baseline: there is no {baseline} yet)")
+    mlp = read_checkpoint(baseline, script="vae") if baseline.exists() else {}
+    if "shown" not in mlp:
+        print(f"(to compare with the baseline, run vae.py too: {baseline} is not there, or older)")
         return
-    mlp = read_checkpoint(baseline, script="vae")
     for name in ("recon", "kl", "total"):
         print(f"{name:>5}: MLP {mlp['metrics'][name]:.2f}, conv {metrics[name]:.2f}")
     grid = [shown["original"], mlp["shown"]["reconstruction"], shown["reconstruction"],

@@ -85,12 +85,12 @@ def fit_gmm(z, components, iterations=30, ridge=1e-3):
         joint = log_joint(columns, weights, means, torch.linalg.cholesky(covariances))
         total = joint.logsumexp(0)                      # log p(z), (N,)
         history.append(total.mean().item())
-        mine = (joint - total).exp()                    # E: responsibilities, (K, N)
-        counts = mine.sum(1).clamp(min=1e-6)
-        means = mine @ z / counts[:, None]              # M: weighted means and covariances
+        responsibility = (joint - total).exp()          # E: of each component, (K, N)
+        counts = responsibility.sum(1).clamp(min=1e-6)
+        means = responsibility @ z / counts[:, None]    # M: weighted means and covariances
         for k in range(components):
             centred = columns - means[k][:, None]       # (D, N)
-            covariances[k] = (mine[k] * centred) @ centred.T / counts[k] + small
+            covariances[k] = (responsibility[k] * centred) @ centred.T / counts[k] + small
             if counts[k] < d and step < iterations - 5:  # dying: seed anew while it can settle
                 worst = total.argmin()
                 means[k], covariances[k], counts[k] = z[worst], whole, n / components
@@ -140,8 +140,7 @@ def prepare(data, split, judge, device, deep):
     noise, _ = look(judge, torch.rand(images.shape))
     yardsticks = {"classifier_accuracy": controllability(judged, labels)[0],
                   "fid_sampling_floor": frechet_distance(real[::2], real[1::2]),
-                  "fid_noise": frechet_distance(noise, real), "fid_n": len(real),
-                  "iw_n": len(images[::10 if deep else 20])}
+                  "fid_noise": frechet_distance(noise, real), "fid_n": len(real)}
     reference = None
     if deep:
         reference = look(judge, data.train_images)[0], look(judge, data.val_images)[0]
@@ -156,8 +155,8 @@ def in_batches(function, device, *tensors):
     return torch.cat([function(*(t.to(device) for t in batch)).cpu() for batch in batches])
 
 
-def beside(name, labels):
-    """What a model gets beside x or z: the labels (CVAE), or nothing."""
+def condition(name, labels):
+    """What a model is told beside x or z: the labels (CVAE), or nothing."""
     return (labels,) if name == "CVAE" else ()
 
 
@@ -177,7 +176,7 @@ def measure(name, module, path, protocol):
     model, meta = module.load_model(path, device)
     n, beta = len(images), meta["config"].get("beta")
     torch.manual_seed(meta["seed"])                     # the same noise as in the script's own test
-    scores = module.test(model, images.to(device), *beside(name, labels.to(device)))
+    scores = module.test(model, images.to(device), *condition(name, labels.to(device)))
     row = {"model": name if beta is None else f"{name} β={beta:g}", "latent_dim": model.latent_dim,
            "params": sum(p.numel() for p in model.parameters()), **scores,
            "excess": scores["recon"] - data.floor[split],
@@ -185,7 +184,7 @@ def measure(name, module, path, protocol):
     row |= dict.fromkeys(("fid_gmm", "fid_recon", "control", "control_gmm", "control_recon",
                           "swap_asked", "swap_kept", "diversity"))         # None: does not apply
     asked = torch.arange(n) % 10
-    drawn = draw(model, device, torch.randn(n, model.latent_dim), *beside(name, asked))
+    drawn = draw(model, device, torch.randn(n, model.latent_dim), *condition(name, asked))
     features, judged = look(judge, drawn)
     row["fid_prior"] = frechet_distance(features, real)
     if name == "CVAE":
@@ -213,8 +212,8 @@ def measure_further(name, row, model, module, protocol):
     N(0, I), measured before; the ex-post prior (Ghosh et al. 2020, arXiv:1903.12436); and the codes
     of the images themselves (reconstructions)."""
     data, _, images, labels, judge, real, _, device, reference = protocol
-    n, given = len(images), beside(name, labels)
-    codes = sample_posterior(model, device, data.train_images, *beside(name, data.train_labels))
+    n, given = len(images), condition(name, labels)
+    codes = sample_posterior(model, device, data.train_images, *condition(name, data.train_labels))
     if name == "CVAE":                                  # one Gaussian a class
         fits = [fit_gmm(codes[data.train_labels == c], 1, iterations=1)[:3] for c in range(10)]
         z = torch.cat([sample_gmm(*fit, n // 10) for fit in fits])
@@ -237,9 +236,8 @@ def measure_further(name, row, model, module, protocol):
         _, judged = look(judge, draw(model, device, z, other))
         row["swap_asked"] = (judged == other).double().mean().item()
         row["swap_kept"] = (judged == labels).double().mean().item()
-    some = slice(None, None, 10 if reference else 20)
-    bounds = importance_weighted_bound(model, module.elbo_terms, images[some].to(device),
-                                       [y[some].to(device) for y in given])
+    bounds = importance_weighted_bound(model, module.elbo_terms, images[::10].to(device),
+                                       [y[::10].to(device) for y in given])
     row |= {f"iw_{k}": bound for k, bound in bounds.items()}
 
 
@@ -275,7 +273,7 @@ DEEP = (("model", "model", "{}", 0), *((f"FID {m:,}", f"fid_{m}", "{:.2f}", 0) f
         ("nearer", "nearer_train", "{:.1%}", 0))
 
 
-def cell(value, form, spread=True):
+def cell(value, form, spread):
     """One figure of the table: a dash where the metric does not apply, mean±std for several."""
     if isinstance(value, dict):
         std = "±" + form.format(value["std"]).rstrip("%") if spread else ""
@@ -300,10 +298,11 @@ def report(results, markdown=False):
     """The caption, the tables and how to read them, as lines."""
     rows, yardsticks = results["rows"], results["yardsticks"]
     main_rows = [row for row in rows if row["fid_gmm"]]
-    total, with_label = (cell(rows[-1][key], "{:.2f}") for key in ("total", "total_plus_log10"))
+    total = cell(rows[-1]["total"], "{:.2f}", True)
+    with_label = cell(rows[-1]["total_plus_log10"], "{:.2f}", True)
     lines = [
         f"Fashion-MNIST ({results['data']}), {results['split']} split, {yardsticks['fid_n']:,}"
-        f" images (IW {yardsticks['iw_n']:,}); nats; seeds {results['seeds']};"
+        f" images (IW: every tenth); nats; seeds {results['seeds']};"
         f" {results['device']}, torch {results['torch']}",
         "", *table(rows, MAIN, markdown), "",
         f"- Entropy floor {results['floor']:.2f}: no decoder can have a smaller recon.",
