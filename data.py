@@ -205,7 +205,7 @@ def write_atomically(path, write):
             write(file)
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another folder")
+        raise UserError(f"{path.parent}: not writable ({error.strerror}); choose another folder")
     return path
 
 
