@@ -67,7 +67,7 @@ def log_joint(columns, weights, means, factors):
     return torch.stack(rows)
 
 
-def fit_gmm(z, components, iterations=30, ridge=1e-3):
+def fit_gmm(z, components, iterations=100, ridge=1e-3):
     """EM for a mixture of full-covariance Gaussians (Bishop 2006, section 9.2.2) on z (N, D).
 
     Returns weights (K,), means (K, D), Cholesky factors (K, D, D), and the mean log-likelihood
