@@ -246,7 +246,7 @@ def load_model(path, device="cpu"):
 @command
 def main(argv=None):
     parser = Parser(__doc__)
-    parser.number("--epochs", int, 1, 10_000, 20, "passes over the training split (20)")
+    parser.number("--epochs", int, 1, 10_000, 19, "passes over the training split (19)")
     parser.number("--batch-size", int, 1, 100_000, 128, "images a step (128)")
     parser.number("--lr", float, 1e-8, 10, 2.5e-3, "peak learning rate (2.5e-3)")
     parser.number("--latent-dim", int, 1, 784, 32, "numbers in z (32)")

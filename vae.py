@@ -186,7 +186,7 @@ def load_model(path, device="cpu"):
 @command
 def main(argv=None):
     parser = Parser(__doc__)
-    parser.number("--epochs", int, 1, 10_000, 22, "passes over the training split (22)")
+    parser.number("--epochs", int, 1, 10_000, 18, "passes over the training split (18)")
     parser.number("--batch-size", int, 1, 100_000, 128, "images a step (128)")
     parser.number("--lr", float, 1e-8, 10, 2e-3, "peak learning rate (2e-3)")
     parser.number("--latent-dim", int, 1, 784, 20, "numbers in z (20)")
