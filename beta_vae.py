@@ -12,8 +12,8 @@ are different objectives and compare with nothing.
 
     python beta_vae.py                 # trains beta = 0.25, 1, 4, 8, one after the other
 
-Expect (full data, seed 0): about 3 min on 2 CPU cores; test totals 242.66, 240.57, 249.65, 258.99,
-KL 22.1, 12.1, 6.1, 4.3, and 10, 6, 5, 4 of the 10 dimensions active: the others do nothing.
+Expect (full data, seed 0): about 3 min on 2 CPU cores; test totals 241.86, 240.05, 249.16, 258.61,
+KL 22.2, 12.2, 6.1, 4.3, and 9, 6, 4, 4 of the 10 dimensions active: the others do nothing.
 Try: --betas 0 (an autoencoder: look at its samples), --betas 100. Left out: disentanglement scores.
 """
 import time
