@@ -90,7 +90,7 @@ def train(model, data, epochs, batch_size, lr, device, beta):
     (and Adam's beta1 goes from 0.95 to 0.85 and back). Returns one dict an epoch."""
     x_train = data.train_images.to(device)
     x_val = data.val_images.to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr, betas=(0.9, 0.99), fused=True)
+    optimizer = torch.optim.Adam(model.parameters(), lr, betas=(0.9, 0.99), fused=True)  # Adam's
     steps = -(-len(x_train) // batch_size)              # rounded up: the last batch is smaller
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * steps)
     history, start = [], time.time()

@@ -262,7 +262,7 @@ def main(argv=None):
 
     if args.warmup_epochs is None:
         args.warmup_epochs = min(2.0, args.epochs)
-        parser.set_defaults(warmup_epochs=args.warmup_epochs)   # what no flag has set is no trial
+        parser.set_defaults(warmup_epochs=args.warmup_epochs)   # still a default, no trial
     if args.warmup_epochs > args.epochs:
         raise UserError(f"--warmup-epochs {args.warmup_epochs} is more than --epochs {args.epochs}:"
                         " lower it, or the KL never weighs in full")

@@ -298,7 +298,8 @@ def report(results, markdown=False):
     """The caption, the tables and how to read them, as lines."""
     rows, yardsticks = results["rows"], results["yardsticks"]
     main_rows = [row for row in rows if row["fid_gmm"]]
-    total, blind = cell(rows[-1]["total"], "{:.2f}", True), 784 * math.log(2)
+    half = 784 * math.log(2)                            # -log p(x) if p = 1/2 for every pixel
+    total = cell(rows[-1]["total"], "{:.2f}", True)
     with_label = cell(rows[-1]["total_plus_log10"], "{:.2f}", True)
     lines = [
         f"Fashion-MNIST ({results['data']}), {results['split']} split, {yardsticks['fid_n']:,}"
@@ -306,7 +307,7 @@ def report(results, markdown=False):
         f" {results['device']}, torch {results['torch']}",
         "", *table(rows, MAIN, markdown), "",
         f"- Entropy floor {results['floor']:.2f}: no decoder can have a smaller recon.",
-        f"  p = 1/2 for every pixel: recon {blind:.2f}, excess {blind - results['floor']:.2f}.",
+        f"  p = 1/2 for every pixel: recon {half:.2f}, excess {half - results['floor']:.2f}.",
         f"- CVAE: {total} + log 10 = {with_label} compares with a VAE's total; likewise -ELBO, IW:",
         "  -log p(x) <= -log p(x | y) + log 10.",
         f"- FID proxy: {yardsticks['fid_sampling_floor']:.3f} between halves of the real images"
