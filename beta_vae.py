@@ -1,20 +1,19 @@
-"""Section 4: the beta-VAE, or what the weight of the KL decides.
+"""Section 4: the beta-VAE, or what the weight of the KL decides, measured and not only shown.
 
 One number is put before the KL (Higgins et al. 2017, ICLR, eq. 4):
 
     loss  =  recon  +  beta * KL
 
-beta < 1 makes every nat that z carries cheap: sharper reconstructions, more KL. beta > 1 makes it
-expensive: only what pays is kept, latent dimensions are switched off, images blur. Every beta is
-one point on the rate-distortion curve of the same network (Alemi et al. 2018, arXiv:1711.00464):
-rate = KL, distortion = recon. All runs are *reported* at beta = 1, recon + KL: beta-weighted totals
-are different objectives and compare with nothing.
+Each beta is one point on the rate-distortion curve of one network (Alemi et al. 2018,
+arXiv:1711.00464): rate = KL, distortion = recon. All are *reported* at beta = 1: weighted totals
+compare with nothing. Does a large beta order z, one property of the image in each dimension? That
+is held against a null: the same codes along random axes, which nobody chose.
 
-    python beta_vae.py                 # trains beta = 0.25, 1, 4, 8, one after the other
+    python beta_vae.py
 
-Expect (full data, seed 0): about 3 min on 2 CPU cores; test totals 241.86, 240.05, 249.16, 258.61,
-KL 22.2, 12.2, 6.1, 4.3, and 9, 6, 4, 4 of the 10 dimensions active: the others do nothing.
-Try: --betas 0 (an autoencoder: look at its samples), --betas 100. Left out: disentanglement scores.
+Expect (full data, seed 0): about 6 min on 2 CPU cores; on the test images, from beta = 0.25 to 16,
+recon rises from 219.67 to 273.03 and KL falls from 22.20 to 2.79; gap - null shows no trend.
+Try: --betas 0 (an autoencoder), --betas 100, --image 1.
 """
 import time
 
@@ -24,8 +23,9 @@ from matplotlib.figure import Figure
 from data import (CLASSES, Parser, UserError, command, describe, image_grid, load, pick_device,
                   read_checkpoint, run_path, save_checkpoint, write_atomically)
 
-# ---------------------------------------------------------------- the model
+BETAS = [0.25, 0.5, 1, 2, 4, 8, 16]
 
+# ---------------------------------------------------------------- the model
 
 class BetaVAE(torch.nn.Module):
     """784 - 512 - 512 - z and back: images in [0, 1] -> logits, both (B, 1, 28, 28)."""
@@ -67,7 +67,6 @@ class BetaVAE(torch.nn.Module):
 
 # ---------------------------------------------------------------- the loss
 
-
 def elbo_terms(logits, x, mu, logvar):
     """The two parts of the negative ELBO, each (B,), in nats per image.
 
@@ -83,7 +82,6 @@ def elbo_terms(logits, x, mu, logvar):
 
 
 # ---------------------------------------------------------------- training and testing
-
 
 def train(model, data, epochs, batch_size, lr, device, beta):
     """Adam and OneCycle: the learning rate rises to `lr` for 30 % of the steps, then falls to 0
@@ -135,21 +133,61 @@ def test(model, images, batch_size=1000):
 
 # ---------------------------------------------------------------- what the latent space learned
 
-@torch.no_grad()
-def posterior(model, images, batch_size=1000):
-    """mu and logvar, each (N, latent_dim), of all images, on the CPU."""
-    parts = [model.encode(x.to(next(model.parameters()).device)) for x in images.split(batch_size)]
-    return [torch.cat(part).cpu() for part in zip(*parts)]
+ATTRIBUTES = "ink", "width", "height", "centre", "symmetry", "top"
 
 
-def dimension_kl(mu, logvar):
-    """Mean KL of each latent dimension in nats, (latent_dim,); their sum is the KL."""
-    return 0.5 * (mu.pow(2) + logvar.exp() - logvar - 1).mean(0)
+def attributes(images):
+    """Six properties of images (N, 1, 28, 28) in [0, 1], by hand from their pixels -> (N, 6).
+
+    ink: the sum of the pixels. width, height: of the box around those above 1/4. centre: mean row
+    of the ink. symmetry: 1 where left mirrors right. top: share of the ink in the upper half."""
+    x, sides = images[:, 0], []
+    for lines in (x.amax(1), x.amax(2)):                # (N, 28), the largest pixel of each line
+        inside = (lines > 0.25).int()                   # the box: from the first 1 to the last
+        sides.append(inside.amax(1) * (28 - inside.argmax(1) - inside.flip(1).argmax(1)))
+    ink = x.sum((1, 2)).clamp(min=1e-6)
+    centre = (x.sum(2) * torch.arange(28)).sum(1) / ink
+    symmetry = 1 - (x - x.flip(2)).abs().sum((1, 2)) / (2 * ink)
+    return torch.stack([ink, *sides, centre, symmetry, x[:, :14].sum((1, 2)) / ink], dim=1)
 
 
 def active_units(mu):
-    """How many dimensions depend on x: Var_x(mu_d) > 0.01 (Burda et al. 2016, arXiv:1509.00519)."""
+    """How many dimensions z uses: Var_x mu > 0.01 (Burda et al. 2016, arXiv:1509.00519, 4.1)."""
     return int((mu.var(0) > 0.01).sum())
+
+
+def rank_correlation(a, b):
+    """|Spearman's rho| of the columns of a (N, D) and b (N, K) -> (D, K); ties share a rank."""
+    columns = torch.cat([a, b], dim=1).T.contiguous()                       # (D + K, N)
+    ordered = columns.sort(1).values
+    ranks = torch.searchsorted(ordered, columns) + torch.searchsorted(ordered, columns, right=True)
+    return ranks.double().corrcoef().nan_to_num()[:a.shape[1], a.shape[1]:].abs()
+
+
+def gap(rho):
+    """Has each attribute a dimension of its own? Its largest |rho| minus the next, mean over
+    attributes, in the manner of MIG (Chen et al. 2018, arXiv:1802.04942, eq. 6). (D, K) -> float"""
+    largest, second = torch.nn.functional.pad(rho, (0, 0, 0, 2)).topk(2, dim=0).values
+    return (largest - second).mean().item()
+
+
+def rotated_gaps(mu, found, rotations=20):
+    """The null: gaps of the codes mu (N, D) along random orthogonal axes."""
+    rng, d = torch.Generator().manual_seed(0), mu.shape[1]
+    turns = [torch.linalg.qr(torch.randn(d, d, generator=rng)).Q for _ in range(rotations)]
+    return torch.tensor([gap(rank_correlation(mu @ turn, found)) for turn in turns])
+
+
+def traversal_effect(model, mu, dimensions, spread):
+    """What a dimension *causes*: the change of each attribute of the decoded image while it alone
+    moves from -2 to 2, mean over codes mu (N, D), in units of spread (6,) -> (dimensions, 6)."""
+    effects = torch.zeros(len(dimensions), len(spread))
+    for row, dimension in enumerate(dimensions):
+        low, high = mu.clone(), mu.clone()
+        low[:, dimension], high[:, dimension] = -2, 2
+        before, after = (attributes(model.decode(z).sigmoid()) for z in (low, high))
+        effects[row] = (after - before).mean(0) / spread
+    return effects
 
 
 def linear_probe(mu, labels, test_mu, test_labels, ridge=1e-3):
@@ -162,88 +200,80 @@ def linear_probe(mu, labels, test_mu, test_labels, ridge=1e-3):
     return (judged == test_labels).double().mean().item()
 
 
+@torch.no_grad()
+def analyse(model, data, images, labels):
+    """What z carries, of a model on the CPU: floats for the table; and for the figures tensors, of
+    which rho and effect, each (active, 6), have a row for each active dimension, most KL first."""
+    mu, logvar = model.encode(images)                   # (N, latent_dim) each
+    kl = 0.5 * (mu.pow(2) + logvar.exp() - logvar - 1).mean(0)
+    active = [d for d in kl.argsort(descending=True).tolist() if active_units(mu[:, [d]])]
+    found = attributes(images)
+    rho, null = rank_correlation(mu[:, active], found), rotated_gaps(mu[:, active], found)
+    probe = linear_probe(model.encode(data.train_images)[0], data.train_labels, mu, labels)
+    return {"active_units": float(len(active)), "probe": probe, "gap": gap(rho),
+            "null": null.mean().item(), "beaten": (null < gap(rho)).double().mean().item(),
+            "model": model, "dimension_kl": kl, "active": active, "rho": rho,
+            "effect": traversal_effect(model, mu[:500], active, found.std(0))}
+
+
 # ---------------------------------------------------------------- the pictures
 
-
-@torch.no_grad()
-def plot_traversals(model, image, kl, beta, path, device):
-    """One latent dimension a row (by falling KL), moved from -3 to 3 in the code of one image."""
-    mu, _ = model.encode(image.to(device))              # (1, latent_dim)
-    order = kl.argsort(descending=True).tolist()
-    values = torch.linspace(-3, 3, 11, device=device)
-    z = mu.repeat(len(order), 11, 1)                    # (latent_dim, 11, latent_dim)
-    for row, dimension in enumerate(order):
-        z[row, :, dimension] = values
-    images = model.decode(z.flatten(0, 1)).sigmoid().view(len(order), 11, 28, 28)
-    image_grid(images, path, f"beta = {beta:g}: one dimension a row, {kl.sum():.1f} nats in all",
-               [f"z{d}: {kl[d]:.2f}" for d in order], [f"{0.6 * i - 3:+.1f}" for i in range(11)])
-
-
-@torch.no_grad()
-def pictures(models, data, path, device):
-    """Reconstructions and prior samples, one row a beta: the same images and the same z for all."""
-    first = [int((data.test_labels == c).nonzero()[0]) for c in range(len(CLASSES))]
-    x = data.test_images[first].to(device)              # one image of each class
-    z = torch.randn(10, next(iter(models.values())).latent_dim, device=device)
-    rows = [f"beta {beta:g}" for beta in models]
-    recon = torch.stack([x] + [model(x)[0].sigmoid() for model in models.values()])[:, :, 0]
-    image_grid(recon, path.with_name(f"{path.stem}-reconstructions.png"),
-               "Reconstructions: what is lost first?", ("original", *rows), CLASSES)
-    samples = torch.stack([model.decode(z).sigmoid() for model in models.values()])[:, :, 0]
-    image_grid(samples, path.with_name(f"{path.stem}-samples.png"), "Draws from N(0, I)", rows)
-
-
-def plot_tradeoff(rows, path):
-    """The rate-distortion curve: KL against excess recon, and the line of equal total."""
+def plot_tradeoff(sweep, path):
+    """Rate against distortion; sweep: {name: a row for each seed}. Marker size: active units."""
     figure = Figure((6, 4.2), 110, layout="constrained")
-    axes = figure.add_subplot(title="What does a nat of KL buy?", xmargin=0.25,
+    axes = figure.add_subplot(title="What does a nat of KL buy?", xmargin=0.2,
                               xlabel="KL (rate), nats", ylabel="excess recon (distortion), nats")
-    axes.plot([row["kl"] for row in rows], [row["excess"] for row in rows], "o-")
-    best = min(rows, key=lambda row: row["total"])
-    axes.axline((best["kl"], best["excess"]), slope=-1, ls="--", c="gray", label="equal total")
-    for row in rows:
-        axes.annotate(f"   beta {row['beta']:g}", (row["kl"], row["excess"]))
+    points = []
+    for name, rows in sweep.items():
+        values = torch.tensor([[row["kl"], row["excess"], row["active_units"]] for row in rows])
+        std = values.std(0, correction=min(1, len(rows) - 1)).tolist()      # 0 for one seed
+        x, y, active = values.mean(0).tolist()
+        axes.errorbar(x, y, std[1], std[0], "o", c="tab:blue", ms=3 + active)
+        axes.annotate(name, (x, y), (9, 5), textcoords="offset points")
+        points.append((x, y))
+    axes.plot(*zip(*points), c="tab:blue")
+    axes.axline(min(points, key=sum), slope=-1, ls="--", c="gray", label="equal total")
     axes.legend()
     write_atomically(path, figure.savefig)
 
 
-def plot_curves(history, path):
-    """Recon and KL against epochs, train and validation."""
-    figure = Figure(figsize=(9, 3.5), dpi=110, layout="constrained")
-    epochs = range(1, len(history) + 1)
-    titles = {"recon": "recon: what z does not tell", "kl": "KL: what z tells"}
-    for i, (name, title) in enumerate(titles.items(), 1):
-        axes = figure.add_subplot(1, 2, i, title=title, xlabel="epoch", ylabel="nats per image")
-        axes.plot(epochs, [h[name] for h in history], "o-", ms=3, label=f"train {name}")
-        axes.plot(epochs, [h[f"val_{name}"] for h in history], "s--", ms=3, label=f"val {name}")
-        axes.legend()
+@torch.no_grad()
+def plot_traversals(found, image, rows, path):
+    """One image's code, a dimension a row (most KL first) moved from -3 to 3, for each beta."""
+    panels, names = [], [""] * rows
+    for f in found.values():
+        z = f["model"].encode(image)[0].repeat(rows, 7, 1)                  # (rows, 7, latent_dim)
+        for row, dimension in enumerate(f["dimension_kl"].argsort(descending=True)[:rows]):
+            z[row, :, dimension] = torch.arange(-3, 4)
+            names[row] += f"  {f['dimension_kl'][dimension]:.2f}"
+        images = f["model"].decode(z.flatten(0, 1)).sigmoid().view(rows, 7, 28, 28)
+        panels += [images, torch.ones_like(images[:, :1])]                  # and a white gap
+    columns = [c for beta in found for c in ("-3", "", "", f"beta {beta:g}", "", "", "3", "")]
+    image_grid(torch.cat(panels, dim=1), path,
+               "One dimension a row, most KL first; left its KL for each beta", names, columns)
+
+
+def plot_attributes(found, path):
+    """Attributes against active dimensions, for each beta: |rank correlation|, below |effect|."""
+    figure = Figure((1 + 2 * len(found), 5), 80, layout="constrained")
+    titles = {"rho": "|rho|", "effect": "|effect|"}
+    for i, (beta, f) in enumerate(found.items(), 1):
+        for row, (key, title) in enumerate(titles.items()):
+            axes = figure.add_subplot(2, len(found), row * len(found) + i, xlabel="dimension",
+                                      title=f"beta {beta:g}: {title}")
+            axes.pcolormesh(f[key].T.abs(), cmap="Blues", vmin=0, vmax=1 + row)
+            axes.invert_yaxis()
+            axes.set_yticks(torch.arange(6) + 0.5, ATTRIBUTES if i == 1 else [""] * 6)
+            axes.set_xticks(torch.arange(len(f["active"])) + 0.5, f["active"])
     write_atomically(path, figure.savefig)
 
 
 # ---------------------------------------------------------------- the section
 
-
 def load_model(path, device="cpu"):
     """(trained model in eval mode, meta) from a checkpoint; UserError where it does not fit."""
     meta = read_checkpoint(path, lambda config: BetaVAE(config["latent_dim"]), script="beta_vae")
     return meta["model"].to(device), meta
-
-
-def train_one(beta, args, data, device, path, config):
-    """Train, test and save the model of one beta."""
-    torch.manual_seed(args.seed)                        # the same start for every beta
-    model = BetaVAE(args.latent_dim).to(device)
-    start = time.time()
-    history = train(model, data, args.epochs, args.batch_size, args.lr, device, beta)
-    torch.manual_seed(args.seed)                        # evaluate.py repeats exactly this test
-    metrics = test(model, data.test_images.to(device)) | {"seconds": time.time() - start}
-    mu, _ = posterior(model, data.test_images)
-    metrics["active_units"] = active_units(mu)
-    metrics["probe"] = linear_probe(posterior(model, data.train_images)[0], data.train_labels,
-                                    mu, data.test_labels)
-    save_checkpoint(path, script="beta_vae", config=config, source=data.source, seed=args.seed,
-                    device=str(device), metrics=metrics, state_dict=model.state_dict())
-    plot_curves(history, path.with_name(f"{path.stem}-curves.png"))
 
 
 @command
@@ -253,46 +283,69 @@ def main(argv=None):
     parser.number("--batch-size", int, 1, 100_000, 128, "images a step (128)")
     parser.number("--lr", float, 1e-8, 10, 2e-3, "peak learning rate (2e-3)")
     parser.number("--latent-dim", int, 1, 784, 10, "numbers in z (10)")
-    parser.number("--betas", float, 0, 1e6, [0.25, 1, 4, 8], "of the KL (0.25 1 4 8)", nargs="+")
+    parser.number("--betas", float, 0, 1e6, BETAS, "weights of the KL (0.25 ... 16)", nargs="+")
+    parser.number("--image", int, 0, 9_999, 0, "the test image whose code is traversed (0)")
+    parser.number("--dimensions", int, 1, 784, None, "rows of the traversals (--latent-dim)")
     parser.number("--seed", int, 0, 2**32 - 1, 0, "of weights, batches and noise (0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (auto)")
     parser.add_argument("--reuse", action="store_true", help="do not train again what is there")
     args = parser.parse_args(argv)
 
-    if sorted(set(args.betas)) != args.betas:
-        raise UserError(f"--betas {args.betas}: name each once, in rising order")
+    args.betas.sort()
+    if len({f"{beta:g}" for beta in args.betas}) < len(args.betas):         # as in the file names
+        raise UserError(f"--betas {args.betas}: name each once")
+    if args.dimensions is None:
+        args.dimensions = args.latent_dim
+        parser.set_defaults(dimensions=args.latent_dim)     # still a default, no trial
+    if args.dimensions > args.latent_dim:
+        raise UserError(f"--dimensions {args.dimensions}: there are {args.latent_dim} latents")
     device = pick_device(args.device)
     data = load(args.data)
+    if args.image >= len(data.test_images):
+        raise UserError(f"--image {args.image}: test images are 0 to {len(data.test_images) - 1}")
     print(*(f"{name}={value}" for name, value in vars(args).items()))
     parameters = sum(p.numel() for p in BetaVAE(args.latent_dim).parameters())
     print(f"device {device}, {parameters:,} parameters for each beta", flush=True)
     flags = "epochs", "batch_size", "lr", "latent_dim"
-    base, config = run_path(parser, args, "beta_vae", data.source, *flags)
-    sweep, _ = run_path(parser, args, "beta_vae", data.source, *flags, "betas")
-    models, rows, paths = {}, [], []
+    found, paths = {}, []
     for beta in args.betas:
         print(f"beta = {beta:g}")
-        path = base.with_name(base.name.replace("beta_vae", f"beta_vae-beta{beta:g}"))
+        path, config = run_path(parser, args, f"beta_vae-beta{beta:g}", data.source, *flags)
+        config["beta"] = beta
         if not (args.reuse and path.exists()):
-            train_one(beta, args, data, device, path, config | {"beta": beta})
-        read_checkpoint(path, config=config | {"beta": beta}, source=data.source, seed=args.seed)
-        models[beta], meta = load_model(path, device)
-        excess = meta["metrics"]["recon"] - data.floor["test"]
-        rows.append(meta["metrics"] | {"beta": beta, "excess": excess})
+            torch.manual_seed(args.seed)                # the same start for every beta
+            model, start = BetaVAE(args.latent_dim).to(device), time.time()
+            train(model, data, args.epochs, args.batch_size, args.lr, device, beta)
+            torch.manual_seed(args.seed)                # evaluate.py repeats exactly this test
+            metrics = test(model, data.test_images.to(device)) | {"seconds": time.time() - start}
+            save_checkpoint(path, script="beta_vae", config=config, source=data.source,
+                            seed=args.seed, device=str(device), metrics=metrics,
+                            state_dict=model.state_dict())
+        read_checkpoint(path, config=config, source=data.source, seed=args.seed)
+        model, meta = load_model(path)
+        found[beta] = meta["metrics"] | analyse(model, data, data.test_images, data.test_labels)
+        found[beta]["excess"] = found[beta]["recon"] - data.floor["test"]
         paths.append(path)
-        kl = dimension_kl(*posterior(models[beta], data.test_images))
-        plot_traversals(models[beta], data.test_images[:1], kl, beta,
-                        path.with_name(f"{path.stem}-traversals.png"), device)
-    torch.manual_seed(args.seed)                        # the same pictures, trained now or before
-    pictures(models, data, sweep, device)
-    plot_tradeoff(rows, sweep.with_name(f"{sweep.stem}-tradeoff.png"))
+    stem, _ = run_path(parser, args, "beta_vae", data.source, *flags, "betas", "image",
+                       "dimensions")
+    plot_traversals(dict(list(found.items())[::2]), data.test_images[[args.image]], args.dimensions,
+                    stem.with_name(f"{stem.stem}-traversals.png"))
+    plot_attributes(found, stem.with_name(f"{stem.stem}-attributes.png"))
+    plot_tradeoff({f"beta {beta:g}": [f] for beta, f in found.items()},
+                  stem.with_name(f"{stem.stem}-tradeoff.png"))
     print(f"test ({data.source}), at beta = 1, nats per image; probe: linear classifier on mu")
-    print("  beta   recon  excess     KL   total  active  probe")
-    for r in rows:
-        print(f"{r['beta']:6g}  {r['recon']:.2f}  {r['excess']:6.2f}  {r['kl']:5.2f}  "
-              f"{r['total']:.2f}  {r['active_units']:6}  {r['probe']:.1%}")
-    print("->", *paths, f"and beside them -traversals.png, -curves.png; {sweep.stem}-tradeoff.png,"
-          " -reconstructions.png, -samples.png", sep="\n")
+    print("  beta   recon  excess     KL   total  active  probe    gap   null  beaten")
+    for beta, f in found.items():
+        print(f"{beta:6g}  {f['recon']:.2f}  {f['excess']:6.2f}  {f['kl']:5.2f}  {f['total']:.2f}"
+              f"  {f['active_units']:6.0f}  {f['probe']:.1%}  {f['gap']:.3f}  {f['null']:.3f}"
+              f"  {f['beaten']:6.0%}")
+    print("the largest effect on each attribute: its dimension, the change in standard deviations")
+    print("  beta" + "".join(f"{name:>11}" for name in ATTRIBUTES))
+    for beta, f in found.items():
+        largest = f["effect"].abs().argmax(0).tolist() if f["active"] else []
+        texts = [f"z{f['active'][d]} {f['effect'][d, k]:+.1f}" for k, d in enumerate(largest)]
+        print(f"{beta:6g}" + "".join(f"{text:>11}" for text in texts))
+    print("->", *paths, f"{stem.stem}-tradeoff.png, -traversals.png, -attributes.png", sep="\n")
     return paths
 
 

@@ -202,8 +202,11 @@ def measure(name, module, path, protocol):
         image_grid(torch.stack([drawn[:10, 0], data.train_images[nearest, 0]]),
                    path.with_name(f"{path.stem}-nearest.png"),
                    f"{name}: new, or learned by heart?", ("drawn", "nearest in training"))
-    if beta is None:                                    # the sweep is compared by its samples only
+    if beta is None:
         measure_further(name, row, model, module, protocol)
+    else:                                               # the sweep: what its latents carry
+        found = beta_vae.analyse(model.cpu(), data, images, labels)
+        row |= {key: value for key, value in found.items() if isinstance(value, float)}
     return row
 
 
@@ -267,6 +270,9 @@ FURTHER = (("model", "model", "{}", 0), ("FID ex-post", "fid_gmm", "{:.2f}", 1),
            ("IW 100", "iw_100", "{:.2f}", 0), ("ctl ex-post", "control_gmm", "{:.1%}", 1),
            ("ctl recon", "control_recon", "{:.1%}", 1), ("swap to", "swap_asked", "{:.1%}", 0),
            ("still", "swap_kept", "{:.1%}", 0), ("diversity", "diversity", "{:.2f}", 1))
+SWEEP = (("model", "model", "{}", 0), ("active", "active_units", "{:.1f}", 1),
+         ("probe", "probe", "{:.1%}", 1), ("gap", "gap", "{:.3f}", 1),
+         ("null", "null", "{:.3f}", 1), ("beaten", "beaten", "{:.0%}", 1))
 DEEP = (("model", "model", "{}", 0), *((f"FID {m:,}", f"fid_{m}", "{:.2f}", 0) for m in SIZES),
         ("GMM 1", "fid_gmm_1", "{:.2f}", 0), ("GMM 10", "fid_gmm_10", "{:.2f}", 0),
         ("d train", "nearest_train", "{:.3f}", 0), ("d val", "nearest_val", "{:.3f}", 0),
@@ -313,7 +319,8 @@ def report(results, markdown=False):
         f"- FID proxy: {yardsticks['fid_sampling_floor']:.3f} between halves of the real images"
         f" (n = {yardsticks['fid_n'] // 2:,}), {yardsticks['fid_noise']:.1f} for noise.",
         f"- control: 10 % is chance; real images: {yardsticks['classifier_accuracy']:.1%}.",
-        "", *table(main_rows, FURTHER, markdown)]
+        "", *table(main_rows, FURTHER, markdown),
+        "", *table([row for row in rows if "gap" in row], SWEEP, markdown)]
     if "nearer_train" in yardsticks:
         lines += ["", *table([*main_rows, yardsticks | {"model": "test images"}], DEEP, markdown)]
     return [*lines, "", "What each column means: README, What comes out."]
@@ -373,10 +380,13 @@ def main(argv=None):
     start = time.time()
     torch.manual_seed(0)
     protocol, yardsticks = prepare(data, args.split, judge, device, args.deep)
-    rows = []
+    rows, sweep = [], {}
     for name, module in STUDY.items():
         for runs in zip(*paths[name]):                  # the same model (or beta) under every seed
-            rows.append(average([measure(name, module, path, protocol) for path in runs]))
+            measured = [measure(name, module, path, protocol) for path in runs]
+            rows.append(average(measured))
+            if module is beta_vae:
+                sweep[rows[-1]["model"].removeprefix("β-VAE ")] = measured
             print(f"  {rows[-1]['model']}: {time.time() - start:.0f} s", flush=True)
 
     results = {"data": data.source, "split": args.split, "device": str(device),
@@ -386,6 +396,7 @@ def main(argv=None):
     trial = (f"-epochs{args.epochs}" if args.epochs else "") + ("-deep" if args.deep else "")
     seeds = "-".join(map(str, args.seeds))
     stem = args.out / f"results-{data.source}-{args.split}-seeds{seeds}{trial}"
+    beta_vae.plot_tradeoff(sweep, stem.with_name(f"{stem.name}-tradeoff.png"))
     if args.deep:
         plot_deep([r for r in rows if r["fid_gmm"]], stem.with_name(f"{stem.name}.png"))
     text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
