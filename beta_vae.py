@@ -5,15 +5,15 @@ One number is put before the KL (Higgins et al. 2017, ICLR, eq. 4):
     loss  =  recon  +  beta * KL
 
 Each beta is one point on the rate-distortion curve of one network (Alemi et al. 2018,
-arXiv:1711.00464): rate = KL, distortion = recon. All are *reported* at beta = 1: weighted totals
-compare with nothing. Does a large beta order z, one property of the image in each dimension? That
-is held against a null: the same codes along random axes, which nobody chose.
+arXiv:1711.00464): rate = KL, distortion = recon. All are *reported* at beta = 1: totals that
+are weighted differently cannot be compared. Does a large beta order z, so that each property of
+the image sits in a single dimension? That is held against a null: the same codes along random axes.
 
     python beta_vae.py
 
 Expect (full data, seed 0): about 6 min on 2 CPU cores; on the test images, from beta = 0.25 to 16,
 recon rises from 219.67 to 273.03 and KL falls from 22.20 to 2.79; gap - null shows no trend.
-Try: --betas 0 (an autoencoder), --betas 100, --image 1.
+Try: --betas 0 (an autoencoder), --betas 100; --image 1 --reuse for other traversals.
 """
 import time
 
@@ -139,8 +139,8 @@ ATTRIBUTES = "ink", "width", "height", "centre", "symmetry", "top"
 def attributes(images):
     """Six properties of images (N, 1, 28, 28) in [0, 1], by hand from their pixels -> (N, 6).
 
-    ink: the sum of the pixels. width, height: of the box around those above 1/4. centre: mean row
-    of the ink. symmetry: 1 where left mirrors right. top: share of the ink in the upper half."""
+    ink: the sum of the pixels. width, height: of the box around those above 1/4, in pixels. centre:
+    its mean row from the top. symmetry: 1 if left mirrors right. top: share of its upper half."""
     x, sides = images[:, 0], []
     for lines in (x.amax(1), x.amax(2)):                # (N, 28), the largest pixel of each line
         inside = (lines > 0.25).int()                   # the box: from the first 1 to the last
@@ -152,7 +152,7 @@ def attributes(images):
 
 
 def active_units(mu):
-    """How many dimensions z uses: Var_x mu > 0.01 (Burda et al. 2016, arXiv:1509.00519, 4.1)."""
+    """How many columns of mu (N, D) have a variance above 0.01 (Burda et al. 2016, 1509.00519)."""
     return int((mu.var(0) > 0.01).sum())
 
 
@@ -165,22 +165,25 @@ def rank_correlation(a, b):
 
 
 def gap(rho):
-    """Has each attribute a dimension of its own? Its largest |rho| minus the next, mean over
-    attributes, in the manner of MIG (Chen et al. 2018, arXiv:1802.04942, eq. 6). (D, K) -> float"""
+    """Does each attribute sit in a single dimension? Its largest |rho| minus the next, mean over
+    attributes, in the manner of MIG (Chen et al. 2018, arXiv:1802.04942, eq. 6): (D, K) -> 0 to 1.
+    One dimension may hold several attributes."""
     largest, second = torch.nn.functional.pad(rho, (0, 0, 0, 2)).topk(2, dim=0).values
     return (largest - second).mean().item()
 
 
-def rotated_gaps(mu, found, rotations=20):
-    """The null: gaps of the codes mu (N, D) along random orthogonal axes."""
+def rotated_gaps(mu, values, rotations=20):
+    """The null: gaps of the codes mu (N, D) along random orthogonal axes, with the attributes
+    values (N, K) -> (rotations,)."""
     rng, d = torch.Generator().manual_seed(0), mu.shape[1]
     turns = [torch.linalg.qr(torch.randn(d, d, generator=rng)).Q for _ in range(rotations)]
-    return torch.tensor([gap(rank_correlation(mu @ turn, found)) for turn in turns])
+    return torch.tensor([gap(rank_correlation(mu @ turn, values)) for turn in turns])
 
 
 def traversal_effect(model, mu, dimensions, spread):
     """What a dimension *causes*: the change of each attribute of the decoded image while it alone
-    moves from -2 to 2, mean over codes mu (N, D), in units of spread (6,) -> (dimensions, 6)."""
+    moves from -2 to 2, in units of spread (6,) -> (dimensions, 6). The mean over codes mu (N, D):
+    opposite changes cancel."""
     effects = torch.zeros(len(dimensions), len(spread))
     for row, dimension in enumerate(dimensions):
         low, high = mu.clone(), mu.clone()
@@ -191,7 +194,8 @@ def traversal_effect(model, mu, dimensions, spread):
 
 
 def linear_probe(mu, labels, test_mu, test_labels, ridge=1e-3):
-    """Accuracy of a linear classifier on mu, in closed form: W = (A^T A + ridge N I)^-1 A^T Y."""
+    """Share of test_mu that a linear classifier, fitted to mu (N, D) and labels (N,), gets right.
+    In closed form: W = (A^T A + ridge N I)^-1 A^T Y."""
     a = torch.nn.functional.pad(mu, (0, 1), value=1.0).double()             # [mu, 1]
     y = torch.nn.functional.one_hot(labels, len(CLASSES)).double()          # (N, 10)
     gram = a.T @ a + ridge * len(a) * torch.eye(a.shape[1], dtype=torch.float64)
@@ -202,18 +206,19 @@ def linear_probe(mu, labels, test_mu, test_labels, ridge=1e-3):
 
 @torch.no_grad()
 def analyse(model, data, images, labels):
-    """What z carries, of a model on the CPU: floats for the table; and for the figures tensors, of
-    which rho and effect, each (active, 6), have a row for each active dimension, most KL first."""
+    """What z carries, by a model on the CPU. The floats are for the table. dimension_kl is
+    (latent_dim,); rho and effect are (active, 6), their rows the active dimensions, most KL first.
+    beaten: share of the rotations with a smaller gap (no more than noise in one dimension)."""
     mu, logvar = model.encode(images)                   # (N, latent_dim) each
     kl = 0.5 * (mu.pow(2) + logvar.exp() - logvar - 1).mean(0)
     active = [d for d in kl.argsort(descending=True).tolist() if active_units(mu[:, [d]])]
-    found = attributes(images)
-    rho, null = rank_correlation(mu[:, active], found), rotated_gaps(mu[:, active], found)
+    values = attributes(images)
+    rho, null = rank_correlation(mu[:, active], values), rotated_gaps(mu[:, active], values)
     probe = linear_probe(model.encode(data.train_images)[0], data.train_labels, mu, labels)
     return {"active_units": float(len(active)), "probe": probe, "gap": gap(rho),
             "null": null.mean().item(), "beaten": (null < gap(rho)).double().mean().item(),
             "model": model, "dimension_kl": kl, "active": active, "rho": rho,
-            "effect": traversal_effect(model, mu[:500], active, found.std(0))}
+            "effect": traversal_effect(model, mu[:500], active, values.std(0))}
 
 
 # ---------------------------------------------------------------- the pictures
@@ -250,7 +255,7 @@ def plot_traversals(found, image, rows, path):
         panels += [images, torch.ones_like(images[:, :1])]                  # and a white gap
     columns = [c for beta in found for c in ("-3", "", "", f"beta {beta:g}", "", "", "3", "")]
     image_grid(torch.cat(panels, dim=1), path,
-               "One dimension a row, most KL first; left its KL for each beta", names, columns)
+               "One dimension a row, most KL first; left: its KL at each beta", names, columns)
 
 
 def plot_attributes(found, path):
@@ -293,7 +298,7 @@ def main(argv=None):
 
     args.betas.sort()
     if len({f"{beta:g}" for beta in args.betas}) < len(args.betas):         # as in the file names
-        raise UserError(f"--betas {args.betas}: name each once")
+        raise UserError(f"--betas {args.betas}: name each once (to six digits)")
     if args.dimensions is None:
         args.dimensions = args.latent_dim
         parser.set_defaults(dimensions=args.latent_dim)     # still a default, no trial
@@ -328,8 +333,9 @@ def main(argv=None):
         paths.append(path)
     stem, _ = run_path(parser, args, "beta_vae", data.source, *flags, "betas", "image",
                        "dimensions")
-    plot_traversals(dict(list(found.items())[::2]), data.test_images[[args.image]], args.dimensions,
-                    stem.with_name(f"{stem.stem}-traversals.png"))
+    shown = args.betas[::2] if len(args.betas) > 4 else args.betas          # as many as fit
+    plot_traversals({beta: found[beta] for beta in shown}, data.test_images[[args.image]],
+                    args.dimensions, stem.with_name(f"{stem.stem}-traversals.png"))
     plot_attributes(found, stem.with_name(f"{stem.stem}-attributes.png"))
     plot_tradeoff({f"beta {beta:g}": [f] for beta, f in found.items()},
                   stem.with_name(f"{stem.stem}-tradeoff.png"))

@@ -630,7 +630,12 @@ def test_analysis_orders_active_dimensions_by_their_kl_which_sum_to_the_kl(sampl
     mu, logvar = model.encode(sample.test_images)
     _, kl = vae.elbo_terms(sample.test_images, sample.test_images, mu, logvar)
     assert found["dimension_kl"].sum().item() == pytest.approx(kl.mean().item(), rel=1e-4)
-    assert found["beaten"] in [k / 20 for k in range(21)]
+
+
+def test_beaten_is_the_share_of_the_null_that_is_smaller(sample, monkeypatch):
+    monkeypatch.setattr(beta_vae, "rotated_gaps", lambda *_: torch.tensor([-1.0, -1.0, -1.0, 2.0]))
+    found = beta_vae.analyse(beta_vae.BetaVAE(2), sample, sample.test_images, sample.test_labels)
+    assert found["beaten"] == 0.75 and found["null"] == -0.25
 
 
 def test_analysis_of_a_collapsed_model_finds_nothing(sample):
@@ -654,13 +659,15 @@ def test_linear_probe_is_least_squares(sample):
 
 def test_attributes_of_a_drawn_rectangle():
     x = torch.zeros(1, 1, 28, 28)
-    x[0, 0, 10:18, 4:10] = 1.0                           # 8 rows, 6 columns, left of the middle
+    x[0, 0, 8:18, 4:10] = 1.0                            # 10 rows, 6 columns, left of the middle
     found = dict(zip(beta_vae.ATTRIBUTES, beta_vae.attributes(x)[0].tolist()))
-    assert found["ink"] == 48 and (found["width"], found["height"]) == (6, 8)
-    assert found["centre"] == pytest.approx(13.5) and found["top"] == pytest.approx(0.5)
+    assert found["ink"] == 60 and (found["width"], found["height"]) == (6, 10)
+    assert found["centre"] == pytest.approx(12.5) and found["top"] == pytest.approx(0.6)
     assert found["symmetry"] == 0                        # its mirror image touches it nowhere
     both = dict(zip(beta_vae.ATTRIBUTES, beta_vae.attributes(torch.maximum(x, x.flip(3)))[0]))
-    assert both["symmetry"] == 1 and both["width"] == 20 and both["height"] == 8
+    assert both["symmetry"] == 1 and both["width"] == 20 and both["height"] == 10
+    x[0, 0, 27, 27] = 0.2                                # faint: more ink, but the same box
+    assert beta_vae.attributes(x)[0, :3].tolist() == pytest.approx([60.2, 6, 10])
     assert beta_vae.attributes(torch.zeros(1, 1, 28, 28)).isfinite().all()
 
 
@@ -686,10 +693,25 @@ def test_planted_axes_exceed_every_rotation_and_arbitrary_axes_do_not():
     z = torch.randn(2000, 4)
     ordered = beta_vae.gap(beta_vae.rank_correlation(z, z.exp()))           # attribute k = exp(z_k)
     assert ordered > 0.9 and beta_vae.rotated_gaps(z, z.exp()).max() < 0.75 * ordered
-    rotation = torch.linalg.qr(torch.randn(4, 4)).Q
+    rotation = torch.linalg.qr(torch.randn(4, 4)).Q     # by which the axes lose their meaning
     null = beta_vae.rotated_gaps(z @ rotation, z)
     turned = beta_vae.gap(beta_vae.rank_correlation(z @ rotation, z))
     assert null.min() <= turned <= null.max()
+
+
+def test_the_null_only_rotates(monkeypatch):
+    """Rotations keep all distances between codes, and each of them is another one."""
+    torch.manual_seed(0)
+    mu, seen = torch.randn(50, 4) * torch.tensor([1, 2, 3, 0.1]), []
+
+    def record(codes, values):
+        seen.append(codes)
+        return torch.ones(4, 6)
+    monkeypatch.setattr(beta_vae, "rank_correlation", record)
+    beta_vae.rotated_gaps(mu, torch.randn(50, 6))
+    assert len(seen) == 20 and not torch.allclose(seen[0], seen[1], atol=0.1)
+    for codes in seen:
+        assert torch.allclose(torch.pdist(codes), torch.pdist(mu), rtol=1e-3)
 
 
 def test_traversal_effect_finds_the_cause():
@@ -697,9 +719,9 @@ def test_traversal_effect_finds_the_cause():
     class Decoder:
         def decode(self, z):                             # logits: all pixels as bright as z_1
             return z[:, 1, None, None, None].expand(-1, 1, 28, 28)
-    effect = beta_vae.traversal_effect(Decoder(), torch.randn(5, 3), [1, 2], torch.ones(6))
+    effect = beta_vae.traversal_effect(Decoder(), torch.randn(5, 3), [1, 2], torch.full((6,), 2.0))
     ink = 784 * (torch.tensor(2.0).sigmoid() - torch.tensor(-2.0).sigmoid())
-    assert effect.shape == (2, 6) and effect[0, 0].item() == pytest.approx(ink.item(), rel=1e-4)
+    assert effect.shape == (2, 6) and effect[0, 0].item() == pytest.approx(ink.item() / 2, rel=1e-4)
     assert effect[1].abs().max() < 1e-3
 
 
@@ -1405,6 +1427,21 @@ MUTANTS = {
         ("beta_vae",), "torch.searchsorted(ordered, columns) + torch.searchsorted",
         "torch.searchsorted(ordered, columns) + 0 * torch.searchsorted",
         "test_rank_correlation_is_pearson_of_the_ranks_with_ties_shared"),
+    "beaten counted the wrong way round": (
+        ("beta_vae",), "(null < gap(rho))", "(null > gap(rho))",
+        "test_beaten_is_the_share_of_the_null_that_is_smaller"),
+    "lower half taken for the upper": (
+        ("beta_vae",), "x[:, :14].sum((1, 2)) / ink", "x[:, 14:].sum((1, 2)) / ink",
+        "test_attributes_of_a_drawn_rectangle"),
+    "gap to the smallest instead of the next": (
+        ("beta_vae",), "(largest - second).mean()", "(largest - rho.min(0).values).mean()",
+        "test_gap_is_one_where_each_attribute_has_its_dimension_and_zero_where_two_share_it"),
+    "null of stretched instead of rotated codes": (
+        ("beta_vae",), "torch.linalg.qr(torch.randn(d, d, generator=rng)).Q",
+        "torch.randn(d, d, generator=rng)", "test_the_null_only_rotates"),
+    "effect not in standard deviations": (
+        ("beta_vae",), "(after - before).mean(0) / spread", "(after - before).mean(0)",
+        "test_traversal_effect_finds_the_cause"),
     "one-hot shifted by one": (
         ("cvae",), "one_hot(y, 10).to(z.dtype)", "one_hot((y + 1) % 10, 10).to(z.dtype)",
         "test_cvae_gives_each_label_its_own_input"),
