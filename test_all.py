@@ -170,10 +170,11 @@ def server():
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
                 status, body, *length = answer(self.path.strip("/"))
-                self.send_response(status)
-                self.send_header("Content-Length", str(length[0] if length else len(body)))
-                self.end_headers()
-                self.wfile.write(body)
+                with contextlib.suppress(ConnectionError):  # who stalled too long is gone
+                    self.send_response(status)
+                    self.send_header("Content-Length", str(length[0] if length else len(body)))
+                    self.end_headers()
+                    self.wfile.write(body)
 
             def log_message(self, *_):
                 pass
