@@ -85,13 +85,13 @@ def elbo_terms(logits, x, mu, logvar):
 
 def train(model, data, epochs, batch_size, lr, device, beta):
     """Adam and OneCycle: the learning rate rises to `lr` for 30 % of the steps, then falls to 0
-    (and Adam's beta1 goes from 0.95 to 0.85 and back). Returns one dict an epoch."""
+    (and Adam's beta1 goes from 0.95 to 0.85 and back; its betas are not ours)."""
     x_train = data.train_images.to(device)
     x_val = data.val_images.to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr, betas=(0.9, 0.99), fused=True)  # Adam's
+    optimizer = torch.optim.Adam(model.parameters(), lr, betas=(0.9, 0.99), fused=True)
     steps = -(-len(x_train) // batch_size)              # rounded up: the last batch is smaller
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * steps)
-    history, start = [], time.time()
+    start = time.time()
     for epoch in range(1, epochs + 1):
         model.train()
         sums = torch.zeros(2)                           # recon and KL of the whole epoch
@@ -110,12 +110,10 @@ def train(model, data, epochs, batch_size, lr, device, beta):
         recon, kl = (sums / len(x_train)).tolist()
         val = test(model, x_val)
         seconds = time.time() - start
-        history.append({"recon": recon, "kl": kl, "val_recon": val["recon"], "val_kl": val["kl"]})
         print(f"epoch {epoch:3}/{epochs}  "
               f"{describe('train', recon, kl, data.floor)}  "
               f"{describe('val', val['recon'], val['kl'], data.floor)}  "
               f"{seconds:.0f} s, {seconds / epoch * (epochs - epoch):.0f} s left", flush=True)
-    return history
 
 
 @torch.no_grad()
@@ -206,9 +204,9 @@ def linear_probe(mu, labels, test_mu, test_labels, ridge=1e-3):
 
 @torch.no_grad()
 def analyse(model, data, images, labels):
-    """What z carries, by a model on the CPU. The floats are for the table. dimension_kl is
-    (latent_dim,); rho and effect are (active, 6), their rows the active dimensions, most KL first.
-    beaten: share of the rotations with a smaller gap (no more than noise in one dimension)."""
+    """What z carries (model on the CPU): numbers for the table; and for the pictures dimension_kl
+    (latent_dim,) and a row for each active dimension, most KL first, of rho and effect (active, 6).
+    """
     mu, logvar = model.encode(images)                   # (N, latent_dim) each
     kl = 0.5 * (mu.pow(2) + logvar.exp() - logvar - 1).mean(0)
     active = [d for d in kl.argsort(descending=True).tolist() if active_units(mu[:, [d]])]
@@ -216,25 +214,26 @@ def analyse(model, data, images, labels):
     rho, null = rank_correlation(mu[:, active], values), rotated_gaps(mu[:, active], values)
     probe = linear_probe(model.encode(data.train_images)[0], data.train_labels, mu, labels)
     return {"active_units": float(len(active)), "probe": probe, "gap": gap(rho),
-            "null": null.mean().item(), "beaten": (null < gap(rho)).double().mean().item(),
+            "null": null.mean().item(), "beaten": (null < gap(rho)).double().mean().item()}, {
             "model": model, "dimension_kl": kl, "active": active, "rho": rho,
             "effect": traversal_effect(model, mu[:500], active, values.std(0))}
 
 
 # ---------------------------------------------------------------- the pictures
 
-def plot_tradeoff(sweep, path):
-    """Rate against distortion; sweep: {name: a row for each seed}. Marker size: active units."""
+def plot_tradeoff(rows, path):
+    """Rate against distortion, a point a row; error bars where its figures have a mean and std."""
     figure = Figure((6, 4.2), 110, layout="constrained")
-    axes = figure.add_subplot(title="What does a nat of KL buy?", xmargin=0.2,
-                              xlabel="KL (rate), nats", ylabel="excess recon (distortion), nats")
+    axes = figure.add_subplot(title="What does a nat of KL buy?", xlabel="KL (rate), nats",
+                              ylabel="excess recon (distortion), nats", xmargin=0.2)
     points = []
-    for name, rows in sweep.items():
-        values = torch.tensor([[row["kl"], row["excess"], row["active_units"]] for row in rows])
-        std = values.std(0, correction=min(1, len(rows) - 1)).tolist()      # 0 for one seed
-        x, y, active = values.mean(0).tolist()
-        axes.errorbar(x, y, std[1], std[0], "o", c="tab:blue", ms=3 + active)
-        axes.annotate(name, (x, y), (9, 5), textcoords="offset points")
+    for row in rows:
+        x, y, active = (row[key] for key in ("kl", "excess", "active_units"))
+        if isinstance(x, dict):
+            axes.errorbar(x["mean"], y["mean"], y["std"], x["std"], c="tab:blue")
+            x, y, active = x["mean"], y["mean"], active["mean"]
+        axes.plot(x, y, "o", c="tab:blue", ms=3 + active)                   # size: active units
+        axes.annotate(row["model"], (x, y), (9, 5), textcoords="offset points")
         points.append((x, y))
     axes.plot(*zip(*points), c="tab:blue")
     axes.axline(min(points, key=sum), slope=-1, ls="--", c="gray", label="equal total")
@@ -312,7 +311,7 @@ def main(argv=None):
     parameters = sum(p.numel() for p in BetaVAE(args.latent_dim).parameters())
     print(f"device {device}, {parameters:,} parameters for each beta", flush=True)
     flags = "epochs", "batch_size", "lr", "latent_dim"
-    found, paths = {}, []
+    found, rows, paths = {}, [], []
     for beta in args.betas:
         print(f"beta = {beta:g}")
         path, config = run_path(parser, args, f"beta_vae-beta{beta:g}", data.source, *flags)
@@ -328,8 +327,9 @@ def main(argv=None):
                             state_dict=model.state_dict())
         read_checkpoint(path, config=config, source=data.source, seed=args.seed)
         model, meta = load_model(path)
-        found[beta] = meta["metrics"] | analyse(model, data, data.test_images, data.test_labels)
-        found[beta]["excess"] = found[beta]["recon"] - data.floor["test"]
+        numbers, found[beta] = analyse(model, data, data.test_images, data.test_labels)
+        rows.append(meta["metrics"] | numbers | {"model": f"beta {beta:g}"})
+        rows[-1]["excess"] = rows[-1]["recon"] - data.floor["test"]
         paths.append(path)
     stem, _ = run_path(parser, args, "beta_vae", data.source, *flags, "betas", "image",
                        "dimensions")
@@ -337,14 +337,13 @@ def main(argv=None):
     plot_traversals({beta: found[beta] for beta in shown}, data.test_images[[args.image]],
                     args.dimensions, stem.with_name(f"{stem.stem}-traversals.png"))
     plot_attributes(found, stem.with_name(f"{stem.stem}-attributes.png"))
-    plot_tradeoff({f"beta {beta:g}": [f] for beta, f in found.items()},
-                  stem.with_name(f"{stem.stem}-tradeoff.png"))
+    plot_tradeoff(rows, stem.with_name(f"{stem.stem}-tradeoff.png"))
     print(f"test ({data.source}), at beta = 1, nats per image; probe: linear classifier on mu")
-    print("  beta   recon  excess     KL   total  active  probe    gap   null  beaten")
-    for beta, f in found.items():
-        print(f"{beta:6g}  {f['recon']:.2f}  {f['excess']:6.2f}  {f['kl']:5.2f}  {f['total']:.2f}"
-              f"  {f['active_units']:6.0f}  {f['probe']:.1%}  {f['gap']:.3f}  {f['null']:.3f}"
-              f"  {f['beaten']:6.0%}")
+    print("            recon  excess     KL   total  active  probe    gap   null  beaten")
+    for r in rows:
+        print(f"{r['model']:>9}  {r['recon']:.2f}  {r['excess']:6.2f}  {r['kl']:5.2f}"
+              f"  {r['total']:.2f}  {r['active_units']:6.0f}  {r['probe']:.1%}  {r['gap']:.3f}"
+              f"  {r['null']:.3f}  {r['beaten']:6.0%}")
     print("the largest effect on each attribute: its dimension, the change in standard deviations")
     print("  beta" + "".join(f"{name:>11}" for name in ATTRIBUTES))
     for beta, f in found.items():

@@ -214,15 +214,6 @@ def plot_curves(history, path):
     write_atomically(path, figure.savefig)
 
 
-def plot_warmup(history, path):
-    """The KL weight over the training steps."""
-    figure = Figure((6, 3), 110, layout="constrained")
-    axes = figure.add_subplot(title="KL warm-up: z is cheap at first, then pays in full",
-                              xlabel="training step", ylabel="KL weight w")
-    axes.plot([w for h in history for w in h["weights"]])
-    write_atomically(path, figure.savefig)
-
-
 # ---------------------------------------------------------------- the section
 
 
@@ -256,7 +247,7 @@ def main(argv=None):
     parser.number("--latent-dim", int, 1, 784, 32, "numbers in z (32)")
     parser.number("--warmup-epochs", float, 0, 10_000, None, "epochs over which the KL weight grows"
                   " from 0 to 1 (2.0, or --epochs where that is less)")
-    parser.number("--weight-decay", float, 0, 10, 0.0, "of AdamW; for long runs (0)")
+    parser.number("--weight-decay", float, 0, 10, 0.0, "of the weights, for long runs (0)")
     parser.number("--seed", int, 0, 2**32 - 1, 0, "of weights, batches and noise (0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (auto)")
     parser.add_argument("--reuse", action="store_true", help="do not train again what is there")
@@ -291,11 +282,10 @@ def main(argv=None):
                     device=str(device), metrics=metrics, state_dict=model.state_dict(),
                     shown=shown)
     pictures(shown, history, path)
-    plot_warmup(history, path.with_name(f"{path.stem}-warmup.png"))
     print(f"{describe('test', metrics['recon'], metrics['kl'], data.floor)} nats per image"
           f" ({data.source}), {metrics['seconds']:.0f} s")
     compare(metrics, shown, path, args.out / f"vae-{data.source}-seed{args.seed}.pt")
-    print(f"-> {path} and beside it -reconstructions.png, -samples.png, -curves.png, -warmup.png")
+    print(f"-> {path} and beside it -reconstructions.png, -samples.png, -curves.png")
     return [path]
 
 

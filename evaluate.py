@@ -1,9 +1,8 @@
 """Section 6: the protocol. Every model measured by the same rules, side by side in one table.
 
 Trains what is not trained yet, then measures everything on the same test images, which no model
-and no choice has seen. Generators see raw [0, 1] images; the classifier normalises inside itself,
-so generated images are normalised once, on their way into it. recon, KL and total are nats per
-image at full KL weight, from one posterior sample. The FID proxy, of equally many images a row:
+and no choice has seen. Generators see raw [0, 1] images; the classifier normalises inside itself.
+recon, KL and total are nats per image at full KL weight, from one posterior sample. The FID proxy:
 
     FID  =  |m_a - m_b|^2  +  tr( S_a + S_b - 2 (S_a^1/2 S_b S_a^1/2)^1/2 )      0 = same Gaussian
 
@@ -37,7 +36,6 @@ STUDY = {"MLP VAE": vae, "Conv VAE": conv_vae, "β-VAE": beta_vae, "CVAE": cvae}
 SIZES = (1000, 2000, 5000, 10_000)                      # numbers of images for the FID (--deep)
 DRAWS = (1, 2, 5, 10, 20, 50, 100)                      # K of the importance-weighted bound
 
-
 # ---------------------------------------------------------------- the metrics
 
 def frechet_distance(features_a, features_b):
@@ -47,14 +45,13 @@ def frechet_distance(features_a, features_b):
             raise UserError(f"features of shape {tuple(features.shape)}: they must be finite, and "
                             f"of more images than features, at least {features.shape[1] + 1}")
     a, b = features_a.double(), features_b.double()
-    mean_a, mean_b = a.mean(0), b.mean(0)
+    shift = a.mean(0) - b.mean(0)
     cov_a, cov_b = a.T.cov(), b.T.cov()                                     # (D, D), over N - 1
     values, vectors = torch.linalg.eigh(cov_a)
     root_a = vectors * values.clamp(min=0).sqrt() @ vectors.T               # S_a^1/2
     # the trace of a root is the sum of the roots of the eigenvalues: that root is never formed
     roots = torch.linalg.eigvalsh(root_a @ cov_b @ root_a).clamp(min=0).sqrt()
-    distance = (mean_a - mean_b).pow(2).sum() + cov_a.trace() + cov_b.trace() - 2 * roots.sum()
-    return distance.item()
+    return (shift @ shift + cov_a.trace() + cov_b.trace() - 2 * roots.sum()).item()
 
 
 def log_joint(columns, weights, means, factors):
@@ -205,15 +202,13 @@ def measure(name, module, path, protocol):
     if beta is None:
         measure_further(name, row, model, module, protocol)
     else:                                               # the sweep: what its latents carry
-        found = beta_vae.analyse(model.cpu(), data, images, labels)
-        row |= {key: value for key, value in found.items() if isinstance(value, float)}
+        row |= beta_vae.analyse(model.cpu(), data, images, labels)[0]
     return row
 
 
 def measure_further(name, row, model, module, protocol):
-    """Fill the row of a main model. Three sources of z tell the prior's faults from the decoder's:
-    N(0, I), measured before; the ex-post prior (Ghosh et al. 2020, arXiv:1903.12436); and the codes
-    of the images themselves (reconstructions)."""
+    """Fill the row of a main model. To tell the prior's faults from the decoder's, z comes from the
+    ex-post prior (Ghosh et al. 2020, arXiv:1903.12436) and from the images (reconstructions)."""
     data, _, images, labels, judge, real, _, device, reference = protocol
     n, given = len(images), condition(name, labels)
     codes = sample_posterior(model, device, data.train_images, *condition(name, data.train_labels))
@@ -348,14 +343,10 @@ def plot_deep(rows, path):
 @command
 def main(argv=None):
     parser = Parser(__doc__)
-    parser.number("--seeds", int, 0, 2**32 - 1, [0],
-                  "one training of every model for each; the table has mean±std (0)", nargs="+")
-    parser.number("--epochs", int, 1, 10_000, None,
-                  "passes over the training split, for all models (each its default)")
-    parser.add_argument("--split", choices=("test", "val"), default="test",
-                        help="measure on test, or on val while still choosing (test)")
-    parser.add_argument("--deep", action="store_true",
-                        help="also FID at several n, mixtures of 1 and 10, nearest images")
+    parser.number("--seeds", int, 0, 2**32 - 1, [0], "a training of each model each", nargs="+")
+    parser.number("--epochs", int, 1, 10_000, None, "of all trainings (each script's default)")
+    parser.add_argument("--split", choices=("test", "val"), default="test", help="val: to choose")
+    parser.add_argument("--deep", action="store_true", help="also memorisation, the bias of FID")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (auto)")
     args = parser.parse_args(argv)
     if len(set(args.seeds)) < len(args.seeds):
@@ -380,13 +371,10 @@ def main(argv=None):
     start = time.time()
     torch.manual_seed(0)
     protocol, yardsticks = prepare(data, args.split, judge, device, args.deep)
-    rows, sweep = [], {}
+    rows = []
     for name, module in STUDY.items():
         for runs in zip(*paths[name]):                  # the same model (or beta) under every seed
-            measured = [measure(name, module, path, protocol) for path in runs]
-            rows.append(average(measured))
-            if module is beta_vae:
-                sweep[rows[-1]["model"].removeprefix("β-VAE ")] = measured
+            rows.append(average([measure(name, module, path, protocol) for path in runs]))
             print(f"  {rows[-1]['model']}: {time.time() - start:.0f} s", flush=True)
 
     results = {"data": data.source, "split": args.split, "device": str(device),
@@ -396,6 +384,7 @@ def main(argv=None):
     trial = (f"-epochs{args.epochs}" if args.epochs else "") + ("-deep" if args.deep else "")
     seeds = "-".join(map(str, args.seeds))
     stem = args.out / f"results-{data.source}-{args.split}-seeds{seeds}{trial}"
+    sweep = [row for row in rows if "gap" in row]
     beta_vae.plot_tradeoff(sweep, stem.with_name(f"{stem.name}-tradeoff.png"))
     if args.deep:
         plot_deep([r for r in rows if r["fid_gmm"]], stem.with_name(f"{stem.name}.png"))
