@@ -1,13 +1,11 @@
 """Section 4: the beta-VAE, or what the weight of the KL decides, measured and not only shown.
 
-One number is put before the KL (Higgins et al. 2017, ICLR, eq. 4):
-
-    loss  =  recon  +  beta * KL
+    loss  =  recon  +  beta * KL                  (Higgins et al. 2017, ICLR, eq. 4)
 
 Each beta is one point on the rate-distortion curve of one network (Alemi et al. 2018,
-arXiv:1711.00464): rate = KL, distortion = recon. All are *reported* at beta = 1: totals that
-are weighted differently cannot be compared. Does a large beta order z, so that each property of
-the image sits in a single dimension? That is held against a null: the same codes along random axes.
+arXiv:1711.00464): rate = KL, distortion = recon. All are *reported* at beta = 1: totals that are
+weighted differently cannot be compared. Does a large beta put each property of the image into a
+single dimension? That is held against a null: the same codes along random axes.
 
     python beta_vae.py
 
@@ -23,7 +21,7 @@ from matplotlib.figure import Figure
 from data import (CLASSES, Parser, UserError, command, describe, image_grid, load, pick_device,
                   read_checkpoint, run_path, save_checkpoint, write_atomically)
 
-BETAS = [0.25, 0.5, 1, 2, 4, 8, 16]
+ATTRIBUTES = "ink", "width", "height", "centre", "symmetry", "top"
 
 # ---------------------------------------------------------------- the model
 
@@ -65,14 +63,9 @@ class BetaVAE(torch.nn.Module):
         return self.decode(z), mu, logvar
 
 
-# ---------------------------------------------------------------- the loss
-
 def elbo_terms(logits, x, mu, logvar):
-    """The two parts of the negative ELBO, each (B,), in nats per image.
-
-    Kingma & Welling, eq. 10, with the signs turned (they maximise). Sums, never means, over pixels
-    and latents: only so do the two terms have the same unit.
-    """
+    """The two parts of the negative ELBO (Kingma & Welling, eq. 10, signs turned), each (B,), in
+    nats per image. Sums, never means, over pixels and latents: only so do they share a unit."""
     # recon = -log p(x | z) = -sum_i [ x_i log p_i + (1 - x_i) log(1 - p_i) ],  p = sigmoid(logits)
     recon = torch.nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="none")
     recon = recon.flatten(1).sum(1)                                         # (B,)
@@ -84,10 +77,8 @@ def elbo_terms(logits, x, mu, logvar):
 # ---------------------------------------------------------------- training and testing
 
 def train(model, data, epochs, batch_size, lr, device, beta):
-    """Adam and OneCycle: the learning rate rises to `lr` for 30 % of the steps, then falls to 0
-    (and Adam's beta1 goes from 0.95 to 0.85 and back; its betas are not ours)."""
-    x_train = data.train_images.to(device)
-    x_val = data.val_images.to(device)
+    """Adam (its betas are not ours) and OneCycle: up to `lr` for 30 % of the steps, then to 0."""
+    x_train, x_val = data.train_images.to(device), data.val_images.to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr, betas=(0.9, 0.99), fused=True)
     steps = -(-len(x_train) // batch_size)              # rounded up: the last batch is smaller
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * steps)
@@ -110,8 +101,7 @@ def train(model, data, epochs, batch_size, lr, device, beta):
         recon, kl = (sums / len(x_train)).tolist()
         val = test(model, x_val)
         seconds = time.time() - start
-        print(f"epoch {epoch:3}/{epochs}  "
-              f"{describe('train', recon, kl, data.floor)}  "
+        print(f"epoch {epoch:3}/{epochs}  {describe('train', recon, kl, data.floor)}  "
               f"{describe('val', val['recon'], val['kl'], data.floor)}  "
               f"{seconds:.0f} s, {seconds / epoch * (epochs - epoch):.0f} s left", flush=True)
 
@@ -131,14 +121,9 @@ def test(model, images, batch_size=1000):
 
 # ---------------------------------------------------------------- what the latent space learned
 
-ATTRIBUTES = "ink", "width", "height", "centre", "symmetry", "top"
-
-
 def attributes(images):
-    """Six properties of images (N, 1, 28, 28) in [0, 1], by hand from their pixels -> (N, 6).
-
-    ink: the sum of the pixels. width, height: of the box around those above 1/4, in pixels. centre:
-    its mean row from the top. symmetry: 1 if left mirrors right. top: share of its upper half."""
+    """Ink: sum of the pixels; width, height: of the box around those above 1/4; centre: mean row;
+    symmetry: 1 if left mirrors right; top: upper half's share. (N, 1, 28, 28) -> (N, 6)."""
     x, sides = images[:, 0], []
     for lines in (x.amax(1), x.amax(2)):                # (N, 28), the largest pixel of each line
         inside = (lines > 0.25).int()                   # the box: from the first 1 to the last
@@ -163,25 +148,22 @@ def rank_correlation(a, b):
 
 
 def gap(rho):
-    """Does each attribute sit in a single dimension? Its largest |rho| minus the next, mean over
-    attributes, in the manner of MIG (Chen et al. 2018, arXiv:1802.04942, eq. 6): (D, K) -> 0 to 1.
-    One dimension may hold several attributes."""
+    """Does each attribute sit in one dimension (with others or alone)? Its largest |rho| minus the
+    next, mean over attributes, after MIG (Chen et al. 2018, arXiv:1802.04942, eq. 6). (D, K)."""
     largest, second = torch.nn.functional.pad(rho, (0, 0, 0, 2)).topk(2, dim=0).values
     return (largest - second).mean().item()
 
 
 def rotated_gaps(mu, values, rotations=20):
-    """The null: gaps of the codes mu (N, D) along random orthogonal axes, with the attributes
-    values (N, K) -> (rotations,)."""
+    """The null: gaps of mu (N, D) along random orthogonal axes, with values (N, K)."""
     rng, d = torch.Generator().manual_seed(0), mu.shape[1]
     turns = [torch.linalg.qr(torch.randn(d, d, generator=rng)).Q for _ in range(rotations)]
     return torch.tensor([gap(rank_correlation(mu @ turn, values)) for turn in turns])
 
 
 def traversal_effect(model, mu, dimensions, spread):
-    """What a dimension *causes*: the change of each attribute of the decoded image while it alone
-    moves from -2 to 2, in units of spread (6,) -> (dimensions, 6). The mean over codes mu (N, D):
-    opposite changes cancel."""
+    """What a dimension *causes*: the change of each attribute as it alone moves from -2 to 2, in
+    units of spread (6,), mean over codes mu (N, D): opposite changes cancel. (dimensions, 6)."""
     effects = torch.zeros(len(dimensions), len(spread))
     for row, dimension in enumerate(dimensions):
         low, high = mu.clone(), mu.clone()
@@ -192,87 +174,67 @@ def traversal_effect(model, mu, dimensions, spread):
 
 
 def linear_probe(mu, labels, test_mu, test_labels, ridge=1e-3):
-    """Share of test_mu that a linear classifier, fitted to mu (N, D) and labels (N,), gets right.
-    In closed form: W = (A^T A + ridge N I)^-1 A^T Y."""
-    a = torch.nn.functional.pad(mu, (0, 1), value=1.0).double()             # [mu, 1]
+    """Accuracy on test_mu of a linear classifier of mu (N, D): W = (A^T A + ridge N I)^-1 A^T Y."""
+    a, b = (torch.nn.functional.pad(m, (0, 1), value=1.0).double() for m in (mu, test_mu))
     y = torch.nn.functional.one_hot(labels, len(CLASSES)).double()          # (N, 10)
-    gram = a.T @ a + ridge * len(a) * torch.eye(a.shape[1], dtype=torch.float64)
-    w = torch.linalg.solve(gram, a.T @ y)
-    judged = (torch.nn.functional.pad(test_mu, (0, 1), value=1.0).double() @ w).argmax(1)
-    return (judged == test_labels).double().mean().item()
+    w = torch.linalg.solve(a.T @ a + ridge * len(a) * torch.eye(a.shape[1]), a.T @ y)
+    return ((b @ w).argmax(1) == test_labels).double().mean().item()
 
 
 @torch.no_grad()
 def analyse(model, data, images, labels):
-    """What z carries (model on the CPU): numbers for the table; and for the pictures dimension_kl
-    (latent_dim,) and a row for each active dimension, most KL first, of rho and effect (active, 6).
-    """
+    """What z carries: numbers for the table; and the model (on the CPU), the KL of each dimension,
+    the active ones by falling KL, their |rho| and effect on the attributes, (active, 6) each."""
     mu, logvar = model.encode(images)                   # (N, latent_dim) each
     kl = 0.5 * (mu.pow(2) + logvar.exp() - logvar - 1).mean(0)
     active = [d for d in kl.argsort(descending=True).tolist() if active_units(mu[:, [d]])]
     values = attributes(images)
     rho, null = rank_correlation(mu[:, active], values), rotated_gaps(mu[:, active], values)
+    effect = traversal_effect(model, mu[:500], active, values.std(0))
     probe = linear_probe(model.encode(data.train_images)[0], data.train_labels, mu, labels)
+    beaten = (null < gap(rho)).double().mean().item()
     return {"active_units": float(len(active)), "probe": probe, "gap": gap(rho),
-            "null": null.mean().item(), "beaten": (null < gap(rho)).double().mean().item()}, {
-            "model": model, "dimension_kl": kl, "active": active, "rho": rho,
-            "effect": traversal_effect(model, mu[:500], active, values.std(0))}
+            "null": null.mean().item(), "beaten": beaten}, (model, kl, active, rho, effect)
 
 
 # ---------------------------------------------------------------- the pictures
 
 def plot_tradeoff(rows, path):
-    """Rate against distortion, a point a row; error bars where its figures have a mean and std."""
+    """Rate against distortion, a point a row; bars where a row has standard deviations."""
     figure = Figure((6, 4.2), 110, layout="constrained")
-    axes = figure.add_subplot(title="What does a nat of KL buy?", xlabel="KL (rate), nats",
-                              ylabel="excess recon (distortion), nats", xmargin=0.2)
-    points = []
+    axes = figure.add_subplot(title="What does a nat of KL buy? (dashed: equal total)", xmargin=0.3,
+                              xlabel="KL (rate), nats", ylabel="excess recon (distortion), nats")
+    keys = "kl", "excess", "active_units", "kl_std", "excess_std"
+    kl, excess, active, kl_std, excess_std = ([row.get(key, 0) for row in rows] for key in keys)
+    axes.errorbar(kl, excess, excess_std, kl_std)
+    axes.scatter(kl, excess, [(3 + count) ** 2 for count in active])        # size: active units
     for row in rows:
-        x, y, active = (row[key] for key in ("kl", "excess", "active_units"))
-        if isinstance(x, dict):
-            axes.errorbar(x["mean"], y["mean"], y["std"], x["std"], c="tab:blue")
-            x, y, active = x["mean"], y["mean"], active["mean"]
-        axes.plot(x, y, "o", c="tab:blue", ms=3 + active)                   # size: active units
-        axes.annotate(row["model"], (x, y), (9, 5), textcoords="offset points")
-        points.append((x, y))
-    axes.plot(*zip(*points), c="tab:blue")
-    axes.axline(min(points, key=sum), slope=-1, ls="--", c="gray", label="equal total")
-    axes.legend()
+        axes.annotate(row["model"], (row["kl"], row["excess"]), (9, 2), textcoords="offset points")
+    axes.axline(min(zip(kl, excess), key=sum), slope=-1, ls="--", c="gray")
     write_atomically(path, figure.savefig)
 
 
 @torch.no_grad()
-def plot_traversals(found, image, rows, path):
-    """One image's code, a dimension a row (most KL first) moved from -3 to 3, for each beta."""
-    panels, names = [], [""] * rows
-    for f in found.values():
-        z = f["model"].encode(image)[0].repeat(rows, 7, 1)                  # (rows, 7, latent_dim)
-        for row, dimension in enumerate(f["dimension_kl"].argsort(descending=True)[:rows]):
-            z[row, :, dimension] = torch.arange(-3, 4)
-            names[row] += f"  {f['dimension_kl'][dimension]:.2f}"
-        images = f["model"].decode(z.flatten(0, 1)).sigmoid().view(rows, 7, 28, 28)
-        panels += [images, torch.ones_like(images[:, :1])]                  # and a white gap
-    columns = [c for beta in found for c in ("-3", "", "", f"beta {beta:g}", "", "", "3", "")]
-    image_grid(torch.cat(panels, dim=1), path,
-               "One dimension a row, most KL first; left: its KL at each beta", names, columns)
+def pictures(found, image, stem):
+    """For each beta: one image's code moved along a dimension a row; |rho| and |effect| of each."""
+    moved, names, steps, panels, columns = [], {}, [], [], []
+    for beta, (model, kl, active, rho, effect) in found.items():
+        z = model.encode(image)[0].repeat(len(kl), 5, 1)                    # (rows, 5, latent_dim)
+        for row, dimension in enumerate(kl.argsort(descending=True)):
+            z[row, :, dimension] = torch.linspace(-3, 3, 5)
+            names[row] = f"{names.get(row, '')}  {kl[dimension]:.2f}"
+        images = model.decode(z.flatten(0, 1)).sigmoid().view(len(kl), 5, 28, 28)
+        moved += [images, torch.ones_like(images[:, :1])]                   # and a white gap
+        steps += ["-3", "", f"beta {beta:g}", "", "3", ""]
+        strength = torch.cat([rho, torch.zeros(len(rho), 1), effect.abs() / 2], dim=1)
+        panels += [1 - strength, torch.ones(1, 13)]                         # (active, 13)
+        columns += [f"z{d}\n{beta:g}" for d in active] + [""]
+    image_grid(torch.cat(moved, dim=1), stem.with_name(f"{stem.stem}-traversals.png"),
+               "A dimension a row, its KL at each beta: many are dead", names.values(), steps)
+    image_grid(torch.cat(panels).T[:, :, None, None].expand(-1, -1, 28, 28),
+               stem.with_name(f"{stem.stem}-attributes.png"),
+               "Above |rho|, below |effect|, dark: strong", (*ATTRIBUTES, "", *ATTRIBUTES), columns)
 
-
-def plot_attributes(found, path):
-    """Attributes against active dimensions, for each beta: |rank correlation|, below |effect|."""
-    figure = Figure((1 + 2 * len(found), 5), 80, layout="constrained")
-    titles = {"rho": "|rho|", "effect": "|effect|"}
-    for i, (beta, f) in enumerate(found.items(), 1):
-        for row, (key, title) in enumerate(titles.items()):
-            axes = figure.add_subplot(2, len(found), row * len(found) + i, xlabel="dimension",
-                                      title=f"beta {beta:g}: {title}")
-            axes.pcolormesh(f[key].T.abs(), cmap="Blues", vmin=0, vmax=1 + row)
-            axes.invert_yaxis()
-            axes.set_yticks(torch.arange(6) + 0.5, ATTRIBUTES if i == 1 else [""] * 6)
-            axes.set_xticks(torch.arange(len(f["active"])) + 0.5, f["active"])
-    write_atomically(path, figure.savefig)
-
-
-# ---------------------------------------------------------------- the section
 
 def load_model(path, device="cpu"):
     """(trained model in eval mode, meta) from a checkpoint; UserError where it does not fit."""
@@ -283,38 +245,22 @@ def load_model(path, device="cpu"):
 @command
 def main(argv=None):
     parser = Parser(__doc__)
-    parser.number("--epochs", int, 1, 10_000, 8, "passes over the training split for each beta (8)")
-    parser.number("--batch-size", int, 1, 100_000, 128, "images a step (128)")
-    parser.number("--lr", float, 1e-8, 10, 2e-3, "peak learning rate (2e-3)")
-    parser.number("--latent-dim", int, 1, 784, 10, "numbers in z (10)")
-    parser.number("--betas", float, 0, 1e6, BETAS, "weights of the KL (0.25 ... 16)", nargs="+")
-    parser.number("--image", int, 0, 9_999, 0, "the test image whose code is traversed (0)")
-    parser.number("--dimensions", int, 1, 784, None, "rows of the traversals (--latent-dim)")
-    parser.number("--seed", int, 0, 2**32 - 1, 0, "of weights, batches and noise (0)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (auto)")
-    parser.add_argument("--reuse", action="store_true", help="do not train again what is there")
+    parser.training(epochs=8, lr=2e-3, latent_dim=10)
+    parser.number("--betas", float, 0, 1e6, [0.25, 0.5, 1, 2, 4, 8, 16], "of the KL", nargs="+")
+    parser.number("--image", int, 0, 1999, 0, "the test image whose code is traversed (0)")
     args = parser.parse_args(argv)
-
     args.betas.sort()
     if len({f"{beta:g}" for beta in args.betas}) < len(args.betas):         # as in the file names
         raise UserError(f"--betas {args.betas}: name each once (to six digits)")
-    if args.dimensions is None:
-        args.dimensions = args.latent_dim
-        parser.set_defaults(dimensions=args.latent_dim)     # still a default, no trial
-    if args.dimensions > args.latent_dim:
-        raise UserError(f"--dimensions {args.dimensions}: there are {args.latent_dim} latents")
     device = pick_device(args.device)
     data = load(args.data)
-    if args.image >= len(data.test_images):
-        raise UserError(f"--image {args.image}: test images are 0 to {len(data.test_images) - 1}")
     print(*(f"{name}={value}" for name, value in vars(args).items()))
     parameters = sum(p.numel() for p in BetaVAE(args.latent_dim).parameters())
     print(f"device {device}, {parameters:,} parameters for each beta", flush=True)
-    flags = "epochs", "batch_size", "lr", "latent_dim"
     found, rows, paths = {}, [], []
     for beta in args.betas:
         print(f"beta = {beta:g}")
-        path, config = run_path(parser, args, f"beta_vae-beta{beta:g}", data.source, *flags)
+        path, config = run_path(parser, args, f"beta_vae-beta{beta:g}", data.source, "latent_dim")
         config["beta"] = beta
         if not (args.reuse and path.exists()):
             torch.manual_seed(args.seed)                # the same start for every beta
@@ -328,28 +274,24 @@ def main(argv=None):
         read_checkpoint(path, config=config, source=data.source, seed=args.seed)
         model, meta = load_model(path)
         numbers, found[beta] = analyse(model, data, data.test_images, data.test_labels)
-        rows.append(meta["metrics"] | numbers | {"model": f"beta {beta:g}"})
-        rows[-1]["excess"] = rows[-1]["recon"] - data.floor["test"]
+        excess = meta["metrics"]["recon"] - data.floor["test"]
+        rows.append(meta["metrics"] | numbers | {"model": f"beta {beta:g}", "excess": excess})
         paths.append(path)
-    stem, _ = run_path(parser, args, "beta_vae", data.source, *flags, "betas", "image",
-                       "dimensions")
+    stem, _ = run_path(parser, args, "beta_vae", data.source, "latent_dim", "betas", "image")
     shown = args.betas[::2] if len(args.betas) > 4 else args.betas          # as many as fit
-    plot_traversals({beta: found[beta] for beta in shown}, data.test_images[[args.image]],
-                    args.dimensions, stem.with_name(f"{stem.stem}-traversals.png"))
-    plot_attributes(found, stem.with_name(f"{stem.stem}-attributes.png"))
+    pictures({beta: found[beta] for beta in shown}, data.test_images[[args.image]], stem)
     plot_tradeoff(rows, stem.with_name(f"{stem.stem}-tradeoff.png"))
-    print(f"test ({data.source}), at beta = 1, nats per image; probe: linear classifier on mu")
-    print("            recon  excess     KL   total  active  probe    gap   null  beaten")
-    for r in rows:
-        print(f"{r['model']:>9}  {r['recon']:.2f}  {r['excess']:6.2f}  {r['kl']:5.2f}"
-              f"  {r['total']:.2f}  {r['active_units']:6.0f}  {r['probe']:.1%}  {r['gap']:.3f}"
-              f"  {r['null']:.3f}  {r['beaten']:6.0%}")
-    print("the largest effect on each attribute: its dimension, the change in standard deviations")
-    print("  beta" + "".join(f"{name:>11}" for name in ATTRIBUTES))
-    for beta, f in found.items():
-        largest = f["effect"].abs().argmax(0).tolist() if f["active"] else []
-        texts = [f"z{f['active'][d]} {f['effect'][d, k]:+.1f}" for k, d in enumerate(largest)]
-        print(f"{beta:6g}" + "".join(f"{text:>11}" for text in texts))
+    keys = "recon", "excess", "kl", "total", "active_units", "probe", "gap", "null", "beaten"
+    print(f"test ({data.source}), at beta = 1, nats per image; probe: linear classifier on mu\n"
+          "beta   " + "".join(f"{key[:6]:>9}" for key in keys))
+    for row in rows:
+        print(f"{row['model'][5:]:7}" + "".join(f"{row[key]:9.2f}" for key in keys))
+    print("the largest effect on each attribute: its dimension, the change in standard deviations\n"
+          "beta   " + "".join(f"{name:>11}" for name in ATTRIBUTES))
+    for beta, (_, _, active, _, effect) in found.items():
+        largest = effect.abs().argmax(0).tolist() if active else []
+        texts = [f"z{active[d]} {effect[d, k]:+.1f}" for k, d in enumerate(largest)]
+        print(f"{beta:<7g}" + "".join(f"{text:>11}" for text in texts))
     print("->", *paths, f"{stem.stem}-tradeoff.png, -traversals.png, -attributes.png", sep="\n")
     return paths
 

@@ -20,6 +20,7 @@ Left out on purpose: test-time augmentation, ensembles, pretraining on anything 
 import contextlib
 import hashlib
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -205,7 +206,9 @@ def train(model, data, args, device, resume_path, config):
         model.train()
         start, hits, losses = time.time(), 0, 0.0
         order = torch.randperm(len(x_train), generator=generator).to(device)
-        for batch in order.split(args.batch_size):
+        for step, batch in enumerate(order.split(args.batch_size), 1):
+            if sys.stdout.isatty():                     # an epoch may take minutes
+                print(f"epoch {state['epoch'] + 1}: step {step}/{steps}", end="\r", flush=True)
             x, y = augment(x_train[batch], generator), y_train[batch]
             x = x.contiguous(memory_format=torch.channels_last)
             with mixed_precision(device):
@@ -268,7 +271,7 @@ def main(argv=None):
     model = FashionResNet18(data.train_images.mean(), data.train_images.std())
     print(*(f"{name}={value}" for name, value in vars(args).items()))
     print(f"device {device}, {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
-    path, config = run_path(parser, args, "classifier", data.source, "epochs", "batch_size", "lr")
+    path, config = run_path(parser, args, "classifier", data.source)
     resume_path = path.with_name(f"{path.stem}-resume.pt")
     state = train(model, data, args, device, resume_path, config)
     metrics = {"val_accuracy": state["best"], "seconds": state["seconds"]}

@@ -92,11 +92,8 @@ class ConvVAE(torch.nn.Module):
 
 
 def elbo_terms(logits, x, mu, logvar):
-    """The two parts of the negative ELBO, each (B,), in nats per image.
-
-    Kingma & Welling, eq. 10, with the signs turned (they maximise). Sums, never means, over pixels
-    and latents: only so do the two terms have the same unit.
-    """
+    """The two parts of the negative ELBO (Kingma & Welling, eq. 10, signs turned), each (B,), in
+    nats per image. Sums, never means, over pixels and latents: only so do they share a unit."""
     # recon = -log p(x | z) = -sum_i [ x_i log p_i + (1 - x_i) log(1 - p_i) ],  p = sigmoid(logits)
     recon = torch.nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="none")
     recon = recon.flatten(1).sum(1)                                         # (B,)
@@ -124,8 +121,7 @@ def mixed_precision(device):
 def train(model, data, epochs, batch_size, lr, device, warmup_epochs, weight_decay=0.0):
     """AdamW (without weight decay: Adam) and OneCycle: the learning rate rises to `lr` for 30 % of
     the steps, then falls to 0 (and beta1 goes from 0.95 to 0.85 and back). One dict an epoch."""
-    x_train = data.train_images.to(device)
-    x_val = data.val_images.to(device)
+    x_train, x_val = data.train_images.to(device), data.val_images.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), fused=True,
                                   weight_decay=weight_decay)
     steps = -(-len(x_train) // batch_size)              # rounded up: the last batch is smaller
@@ -203,11 +199,13 @@ def pictures(shown, history, path):
 
 def plot_curves(history, path):
     """Recon and KL against epochs, train and validation."""
-    figure = Figure(figsize=(9, 3.5), dpi=110, layout="constrained")
+    figure = Figure(figsize=(8, 3.2), dpi=120, layout="constrained")
     epochs = range(1, len(history) + 1)
-    titles = {"recon": "recon: what z does not tell", "kl": "KL: what z tells"}
+    titles = {"recon": "recon, what z does not tell", "kl": "KL, what z tells"}
     for i, (name, title) in enumerate(titles.items(), 1):
-        axes = figure.add_subplot(1, 2, i, title=title, xlabel="epoch", ylabel="nats per image")
+        axes = figure.add_subplot(1, 2, i, xlabel="epoch", ylabel="nats per image",
+                                  title=f"{title}: {history[-1][f'val_{name}']:.1f}")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.plot(epochs, [h[name] for h in history], "o-", ms=3, label=f"train {name}")
         axes.plot(epochs, [h[f"val_{name}"] for h in history], "s--", ms=3, label=f"val {name}")
         axes.legend()
@@ -241,16 +239,10 @@ def load_model(path, device="cpu"):
 @command
 def main(argv=None):
     parser = Parser(__doc__)
-    parser.number("--epochs", int, 1, 10_000, 19, "passes over the training split (19)")
-    parser.number("--batch-size", int, 1, 100_000, 128, "images a step (128)")
-    parser.number("--lr", float, 1e-8, 10, 2.5e-3, "peak learning rate (2.5e-3)")
-    parser.number("--latent-dim", int, 1, 784, 32, "numbers in z (32)")
+    parser.training(epochs=19, lr=2.5e-3, latent_dim=32)
     parser.number("--warmup-epochs", float, 0, 10_000, None, "epochs over which the KL weight grows"
                   " from 0 to 1 (2.0, or --epochs where that is less)")
     parser.number("--weight-decay", float, 0, 10, 0.0, "of the weights, for long runs (0)")
-    parser.number("--seed", int, 0, 2**32 - 1, 0, "of weights, batches and noise (0)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (auto)")
-    parser.add_argument("--reuse", action="store_true", help="do not train again what is there")
     args = parser.parse_args(argv)
 
     if args.warmup_epochs is None:
@@ -265,8 +257,7 @@ def main(argv=None):
     model = ConvVAE(args.latent_dim).to(device)
     print(*(f"{name}={value}" for name, value in vars(args).items()))
     print(f"device {device}, {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
-    path, config = run_path(parser, args, "conv_vae", data.source,
-                            "epochs", "batch_size", "lr", "latent_dim", "warmup_epochs",
+    path, config = run_path(parser, args, "conv_vae", data.source, "latent_dim", "warmup_epochs",
                             "weight_decay")
     if args.reuse and path.exists():
         read_checkpoint(path, config=config, source=data.source, seed=args.seed)

@@ -94,11 +94,8 @@ class CVAE(torch.nn.Module):
 
 
 def elbo_terms(logits, x, mu, logvar):
-    """The two parts of the negative ELBO, each (B,), in nats per image.
-
-    Kingma & Welling, eq. 10, with the signs turned (they maximise). Sums, never means, over pixels
-    and latents: only so do the two terms have the same unit.
-    """
+    """The two parts of the negative ELBO (Kingma & Welling, eq. 10, signs turned), each (B,), in
+    nats per image. Sums, never means, over pixels and latents: only so do they share a unit."""
     # recon = -log p(x | z) = -sum_i [ x_i log p_i + (1 - x_i) log(1 - p_i) ],  p = sigmoid(logits)
     recon = torch.nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="none")
     recon = recon.flatten(1).sum(1)                                         # (B,)
@@ -147,8 +144,7 @@ def train(model, data, epochs, batch_size, lr, device):
         val = test(model, x_val, y_val)
         seconds = time.time() - start
         history.append({"recon": recon, "kl": kl, "val_recon": val["recon"], "val_kl": val["kl"]})
-        print(f"epoch {epoch:3}/{epochs}  "
-              f"{describe('train', recon, kl, data.floor)}  "
+        print(f"epoch {epoch:3}/{epochs}  {describe('train', recon, kl, data.floor)}  "
               f"{describe('val', val['recon'], val['kl'], data.floor)}  "
               f"{seconds:.0f} s, {seconds / epoch * (epochs - epoch):.0f} s left", flush=True)
     return history
@@ -198,11 +194,13 @@ def pictures(model, data, history, path, device):
 
 def plot_curves(history, path):
     """Recon and KL against epochs, train and validation."""
-    figure = Figure(figsize=(9, 3.5), dpi=110, layout="constrained")
+    figure = Figure(figsize=(8, 3.2), dpi=120, layout="constrained")
     epochs = range(1, len(history) + 1)
-    titles = {"recon": "recon: what z does not tell", "kl": "KL: what z tells"}
+    titles = {"recon": "recon, what z does not tell", "kl": "KL, what z tells"}
     for i, (name, title) in enumerate(titles.items(), 1):
-        axes = figure.add_subplot(1, 2, i, title=title, xlabel="epoch", ylabel="nats per image")
+        axes = figure.add_subplot(1, 2, i, xlabel="epoch", ylabel="nats per image",
+                                  title=f"{title}: {history[-1][f'val_{name}']:.1f}")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.plot(epochs, [h[name] for h in history], "o-", ms=3, label=f"train {name}")
         axes.plot(epochs, [h[f"val_{name}"] for h in history], "s--", ms=3, label=f"val {name}")
         axes.legend()
@@ -221,13 +219,7 @@ def load_model(path, device="cpu"):
 @command
 def main(argv=None):
     parser = Parser(__doc__)
-    parser.number("--epochs", int, 1, 10_000, 20, "passes over the training split (20)")
-    parser.number("--batch-size", int, 1, 100_000, 128, "images a step (128)")
-    parser.number("--lr", float, 1e-8, 10, 2.5e-3, "peak learning rate (2.5e-3)")
-    parser.number("--latent-dim", int, 1, 784, 20, "numbers in z (20)")
-    parser.number("--seed", int, 0, 2**32 - 1, 0, "of weights, batches and noise (0)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (auto)")
-    parser.add_argument("--reuse", action="store_true", help="do not train again what is there")
+    parser.training(epochs=20, lr=2.5e-3, latent_dim=20)
     args = parser.parse_args(argv)
 
     device = pick_device(args.device)
@@ -236,8 +228,7 @@ def main(argv=None):
     model = CVAE(args.latent_dim).to(device)
     print(*(f"{name}={value}" for name, value in vars(args).items()))
     print(f"device {device}, {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
-    path, config = run_path(parser, args, "cvae", data.source,
-                            "epochs", "batch_size", "lr", "latent_dim")
+    path, config = run_path(parser, args, "cvae", data.source, "latent_dim")
     if args.reuse and path.exists():
         read_checkpoint(path, config=config, source=data.source, seed=args.seed)
         print(f"{path} is there: nothing to train")

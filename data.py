@@ -7,8 +7,7 @@ a binary cross-entropy, which needs targets in [0, 1]:
     BCE(x, p) = - sum_i [ x_i log p_i + (1 - x_i) log(1 - p_i) ]          nats per image
 
 For grey pixels even the perfect prediction p = x costs more than 0: the pixel entropy BCE(x, x).
-That is the *entropy floor*; the other scripts print how far above it they are. (A grey pixel read
-as a probability gives a pseudo-likelihood: Loaiza-Ganem & Cunningham 2019, arXiv:1907.06845.)
+That is the *entropy floor*; the other scripts print how far above it they are.
 
     python data.py            # seconds; writes two figures to runs/
 
@@ -69,21 +68,17 @@ def unpack(raw, name, where):
     except Exception as error:  # OSError, EOFError or zlib.error: damaged all the same
         raise UserError(f"{where}: damaged, or other data ({error}); get it anew")
     # IDX format: 0, 0, type (8 = uint8), number of axes; then the size of each axis; then the data
-    axes = raw[3]
-    sizes = np.frombuffer(raw, ">u4", count=axes, offset=4)
-    return np.frombuffer(raw, np.uint8, offset=4 + 4 * axes).reshape(sizes)
+    sizes = np.frombuffer(raw, ">u4", count=raw[3], offset=4)
+    return np.frombuffer(raw, np.uint8, offset=4 + 4 * len(sizes)).reshape(sizes)
 
 
 def download(name, folder):
     """Fetch one file from the first mirror that gives the right bytes; OSError if none does."""
     for url in (f"{mirror}{name}.gz" for mirror in MIRRORS):
         try:
-            raw = b""
             with urllib.request.urlopen(url, timeout=10) as reply:
-                while chunk := reply.read(1 << 18):
-                    raw += chunk
-                    if sys.stderr.isatty():
-                        print(f"{url}: {len(raw) / 1e6:.1f} MB", end="\r", file=sys.stderr)
+                print(f"{url}: {reply.length or '?'} bytes to come", file=sys.stderr)
+                raw = reply.read()
             unpack(raw, name, "the reply")
         except Exception as error:  # whatever a network can do means the same: the next mirror
             print(f"no luck with {url}: {error}", file=sys.stderr)
@@ -183,6 +178,16 @@ class Parser(argparse.ArgumentParser):
         convert.__name__ = f"{kind.__name__} ({low} to {high})"  # argparse: "invalid ... value"
         self.add_argument(flag, type=convert, default=default, help=text, **more)
 
+    def training(self, epochs, lr, latent_dim):
+        """The flags of every training, with the defaults of this one."""
+        self.number("--epochs", int, 1, 10_000, epochs, f"passes over the training data ({epochs})")
+        self.number("--batch-size", int, 1, 100_000, 128, "images a step (128)")
+        self.number("--lr", float, 1e-8, 10, lr, f"peak learning rate ({lr})")
+        self.number("--latent-dim", int, 1, 784, latent_dim, f"numbers in z ({latent_dim})")
+        self.number("--seed", int, 0, 2**32 - 1, 0, "of weights, batches and noise (0)")
+        self.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (auto)")
+        self.add_argument("--reuse", action="store_true", help="do not train again what is there")
+
     def error(self, message):
         fail(f"{message} (see --help)")
 
@@ -210,9 +215,9 @@ def write_atomically(path, write):
 
 
 def run_path(parser, args, script, source, *names):
-    """(path, config): runs/<script>-<source>-seed<k>.pt for the named flags, plus a hash of those
+    """(path, config): runs/<script>-<source>-seed<k>.pt; with a hash of those flags in the config
     that are not the default, so that a trial run never replaces the real one."""
-    config = {name: getattr(args, name) for name in names}
+    config = {name: getattr(args, name) for name in ("epochs", "batch_size", "lr", *names)}
     trial = {name: value for name, value in config.items() if value != parser.get_default(name)}
     mark = "-" + hashlib.sha256(repr(trial).encode()).hexdigest()[:8] if trial else ""
     path = args.out / f"{script}-{source}-seed{args.seed}{mark}.pt"
@@ -256,7 +261,7 @@ def image_grid(images, path, title="", rows=(), columns=()):
     canvas = canvas.transpose(1, 2).reshape(height * 30, width * 30)
     figure = Figure((0.6 * width + 1.2 * bool(rows), 0.6 * height + 0.6), 85, layout="constrained")
     axes = figure.add_subplot(title=title)
-    axes.imshow(canvas.numpy(), cmap="gray", vmin=0, vmax=1)
+    axes.imshow(canvas.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axes.set_yticks([30 * i + 15 for i in range(len(rows))], rows)
     axes.set_xticks([30 * i + 15 for i in range(len(columns))], columns, fontsize=7)
     axes.tick_params(length=0)
@@ -266,12 +271,15 @@ def image_grid(images, path, title="", rows=(), columns=()):
 
 # ---------------------------------------------------------------- run directly: exploration
 
-def explore(data, out):
-    """Two figures, and the facts that decide how the models are built."""
+@command
+def main(argv=None):
+    args = Parser(__doc__).parse_args(argv)
+    data = load(args.data)
     by_class = [data.train_images[data.train_labels == c][:10, 0] for c in range(10)]
-    image_grid(torch.stack(by_class), out / "data-samples.png", "Ten images of each class", CLASSES)
+    image_grid(torch.stack(by_class), args.out / "data-samples.png", "Ten images of each class",
+               CLASSES)
     pixels = data.train_images.flatten().numpy()
-    figure = Figure((12, 3.8), 110, layout="constrained")
+    figure = Figure((10, 3.4), 120, layout="constrained")
     left = figure.add_subplot(1, 2, 1, ylabel="share of the split", title="Classes: equally often")
     right = figure.add_subplot(1, 2, 2, xlabel="pixel value", ylabel="share of pixels",
                                title=f"Pixels: {(pixels == 0).mean():.0%} are exactly black")
@@ -279,20 +287,12 @@ def explore(data, out):
     for i, split in enumerate(SPLITS):
         x, y = getattr(data, f"{split}_images"), getattr(data, f"{split}_labels")
         counts = y.bincount(minlength=10)
-        print(f"{split}: {counts.min():,} to {counts.max():,} images a class; pixels {x.min():.0f}"
-              f" to {x.max():.0f}, mean {x.mean():.4f}, std {x.std():.4f},"
-              f" {(x == 0).float().mean():.1%} exactly 0")
+        print(f"{split}: {counts.min():,} to {counts.max():,} images a class; pixels: mean"
+              f" {x.mean():.4f}, std {x.std():.4f}, {(x == 0).float().mean():.1%} exactly 0")
         left.bar(torch.arange(10) + 0.27 * (i - 1), counts / len(y), 0.25, label=split)
     left.set_xticks(range(10), CLASSES, rotation=30, ha="right")
     left.legend(loc="lower right")
-    write_atomically(out / "data-distributions.png", figure.savefig)
-
-
-@command
-def main(argv=None):
-    args = Parser(__doc__).parse_args(argv)
-    data = load(args.data)
-    explore(data, args.out)
+    write_atomically(args.out / "data-distributions.png", figure.savefig)
     print(f"-> {args.out / 'data-samples.png'}, data-distributions.png")
 
 

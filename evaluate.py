@@ -31,10 +31,10 @@ import cvae
 import vae
 from classifier import controllability, diversity, look, nearness
 from data import Parser, UserError, command, image_grid, load, pick_device, write_atomically
+from vae import DRAWS, importance_weighted_bound
 
 STUDY = {"MLP VAE": vae, "Conv VAE": conv_vae, "β-VAE": beta_vae, "CVAE": cvae}
 SIZES = (1000, 2000, 5000, 10_000)                      # numbers of images for the FID (--deep)
-DRAWS = (1, 2, 5, 10, 20, 50, 100)                      # K of the importance-weighted bound
 
 # ---------------------------------------------------------------- the metrics
 
@@ -101,26 +101,6 @@ def sample_gmm(weights, means, factors, count):
     k = torch.multinomial(weights, count, replacement=True)
     eps = torch.randn(count, means.shape[1], 1, dtype=means.dtype)
     return means[k] + (factors[k] @ eps)[:, :, 0]
-
-
-@torch.no_grad()
-def importance_weighted_bound(model, elbo_terms, images, labels=(), draws=100, counts=DRAWS):
-    """{K: upper bound on -log p(x) in nats} (Burda et al. 2016, arXiv:1509.00519, eq. 8).
-
-    log w = log p(x | z) + log p(z) - log q(z | x), and the bound is -mean log( 1/K sum_k w_k ).
-    K = 1 is the negative ELBO. All K (divisors of `draws`) share their draws.
-    """
-    log_w = []
-    for _ in range(draws):
-        mu, logvar = model.encode(images, *labels)
-        z = model.reparameterize(mu, logvar)
-        recon, _ = elbo_terms(model.decode(z, *labels), images, mu, logvar)
-        # log p(z) - log q(z | x); both have the same log 2 pi, which cancels
-        log_ratio = 0.5 * ((z - mu).pow(2) / logvar.exp() + logvar - z.pow(2)).sum(1)
-        log_w.append(log_ratio - recon)
-    log_w = torch.stack(log_w, dim=1).cpu().double()    # (N, draws)
-    return {k: -(log_w.unflatten(1, (-1, k)).logsumexp(2) - math.log(k)).mean().item()
-            for k in counts}
 
 
 # ---------------------------------------------------------------- one row of the table
@@ -252,6 +232,12 @@ def average(rows):
     return {key: combine([row[key] for row in rows]) for key in rows[0]}
 
 
+def flatten(row):
+    """An averaged row as plain figures: the mean of x under "x", its std under "x_std"."""
+    flat = {key: v["mean"] if isinstance(v, dict) else v for key, v in row.items()}
+    return flat | {f"{key}_std": v["std"] for key, v in row.items() if isinstance(v, dict)}
+
+
 # ---------------------------------------------------------------- the tables and a figure
 
 # title, key in the row, format, is the spread over seeds shown?
@@ -300,17 +286,14 @@ def report(results, markdown=False):
     rows, yardsticks = results["rows"], results["yardsticks"]
     main_rows = [row for row in rows if row["fid_gmm"]]
     half = 784 * math.log(2)                            # -log p(x) if p = 1/2 for every pixel
-    total = cell(rows[-1]["total"], "{:.2f}", True)
-    with_label = cell(rows[-1]["total_plus_log10"], "{:.2f}", True)
     lines = [
         f"Fashion-MNIST ({results['data']}), {results['split']} split, {yardsticks['fid_n']:,}"
         f" images (IW: every tenth); nats; seeds {results['seeds']};"
-        f" {results['device']}, torch {results['torch']}",
+        f" {results['device']}, torch {results['torch']}; {results['date']}",
         "", *table(rows, MAIN, markdown), "",
         f"- Entropy floor {results['floor']:.2f}: no decoder can have a smaller recon.",
         f"  p = 1/2 for every pixel: recon {half:.2f}, excess {half - results['floor']:.2f}.",
-        f"- CVAE: {total} + log 10 = {with_label} compares with a VAE's total; likewise -ELBO, IW:",
-        "  -log p(x) <= -log p(x | y) + log 10.",
+        "- CVAE: add log 10 = 2.30 to total, -ELBO and IW, as -log p(x) <= -log p(x | y) + log 10.",
         f"- FID proxy: {yardsticks['fid_sampling_floor']:.3f} between halves of the real images"
         f" (n = {yardsticks['fid_n'] // 2:,}), {yardsticks['fid_noise']:.1f} for noise.",
         f"- control: 10 % is chance; real images: {yardsticks['classifier_accuracy']:.1%}.",
@@ -318,22 +301,39 @@ def report(results, markdown=False):
         "", *table([row for row in rows if "gap" in row], SWEEP, markdown)]
     if "nearer_train" in yardsticks:
         lines += ["", *table([*main_rows, yardsticks | {"model": "test images"}], DEEP, markdown)]
-    return [*lines, "", "What each column means: README, What comes out."]
+    return [*lines, "", *verdict(rows), "", "What each column means: README, What comes out."]
+
+
+def verdict(rows):
+    """The models ranked by each figure, with a mark where noise may have decided; as lines."""
+    rows = [flatten(row | {"total": row.get("total_plus_log10", row["total"])}) for row in rows]
+    lines = ["What this says (<: apart by more than the spread of that difference over the seeds;"
+             " ≈: not, or one seed only, so perhaps by chance)"]
+    for key, title, sweep in (("total", "total (CVAE: + log 10)", 0), ("fid_prior", "FID prior", 0),
+                              ("fid_gmm", "FID ex-post", 0), ("fid_recon", "FID recon", 0),
+                              ("total", "total", 1), ("fid_prior", "FID prior", 1)):
+        ranked = sorted((r for r in rows if ("gap" in r) == sweep), key=lambda row: row[key])
+        text = f"- {title}: {ranked[0]['model']} {ranked[0][key]:.2f}"
+        for a, b in zip(ranked, ranked[1:]):
+            spread = math.hypot(*(row.get(f"{key}_std", math.inf) for row in (a, b)))
+            sign = "<" if b[key] - a[key] > spread else "≈"
+            text += f" {sign} {b['model'].removeprefix('β-VAE ')} {b[key]:.2f}"
+        lines.append(text)
+    return lines
 
 
 def plot_deep(rows, path):
     """FID against the number of images, and the bound against the number of draws."""
-    figure = Figure((9, 3.8), 110, layout="constrained")
+    figure = Figure((8, 3.6), 120, layout="constrained")
     left = figure.add_subplot(1, 2, 1, title="FID depends on n: compare equal n only",
                               xlabel="images n", ylabel="FID(n) - FID(all)", xscale="log")
     right = figure.add_subplot(1, 2, 2, title="More draws K, a tighter bound", xscale="log",
                                xlabel="draws K", ylabel="bound on -log p(x), nats")
-    for row in rows:
-        mean = {key: v["mean"] if isinstance(v, dict) else v for key, v in row.items()}
-        sizes = [m for m in SIZES if f"fid_{m}" in mean]
-        left.plot(sizes, [mean[f"fid_{m}"] - mean["fid_prior"] for m in sizes], "o-")
+    for row, mark in zip(rows, ("o-", "s-", "^-")):
+        sizes = [m for m in SIZES if f"fid_{m}" in row]
+        left.plot(sizes, [row[f"fid_{m}"] - row["fid_prior"] for m in sizes], mark)
         offset = math.log(10) if row["model"] == "CVAE" else 0  # so that it too bounds -log p(x)
-        right.plot(DRAWS, [mean[f"iw_{k}"] + offset for k in DRAWS], "o-", label=row["model"])
+        right.plot(DRAWS, [row[f"iw_{k}"] + offset for k in DRAWS], mark, label=row["model"])
     right.legend()
     write_atomically(path, figure.savefig)
 
@@ -353,7 +353,6 @@ def main(argv=None):
         raise UserError(f"--seeds {args.seeds}: name each once, or their spread is too small")
     if args.deep and args.split == "val":
         raise UserError("--deep compares with the validation images: leave out --split val")
-
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")        # not every console has a β
     device = pick_device(args.device)
@@ -378,16 +377,17 @@ def main(argv=None):
             print(f"  {rows[-1]['model']}: {time.time() - start:.0f} s", flush=True)
 
     results = {"data": data.source, "split": args.split, "device": str(device),
-               "torch": str(torch.__version__), "seeds": args.seeds, "epochs": args.epochs,
+               "torch": str(torch.__version__), "date": time.strftime("%Y-%m-%d"),
+               "seeds": args.seeds, "epochs": args.epochs,
                "floor": data.floor[args.split], "judge_sha256": judge_meta["sha256"],
                "metrics_seconds": time.time() - start, "yardsticks": yardsticks, "rows": rows}
     trial = (f"-epochs{args.epochs}" if args.epochs else "") + ("-deep" if args.deep else "")
     seeds = "-".join(map(str, args.seeds))
     stem = args.out / f"results-{data.source}-{args.split}-seeds{seeds}{trial}"
-    sweep = [row for row in rows if "gap" in row]
-    beta_vae.plot_tradeoff(sweep, stem.with_name(f"{stem.name}-tradeoff.png"))
+    flat = [flatten(row) for row in rows]
+    beta_vae.plot_tradeoff([r for r in flat if "gap" in r], stem.with_name(f"{stem.name}-beta.png"))
     if args.deep:
-        plot_deep([r for r in rows if r["fid_gmm"]], stem.with_name(f"{stem.name}.png"))
+        plot_deep([row for row in flat if row["fid_gmm"]], stem.with_name(f"{stem.name}.png"))
     text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     markdown = "\n".join(report(results, markdown=True)) + "\n"
     for name in (stem.name, "results"):                 # results.json is always the latest

@@ -22,6 +22,7 @@ Try: --latent-dim 2, and scatter mu of the test images coloured by label. Or ave
 the pixels (a common mistake; with --out try): the KL then weighs 784 times too much.
 Left out on purpose: dropout, normalisation layers, learned pixel variance, any trainer class.
 """
+import math
 import time
 
 import torch
@@ -75,11 +76,8 @@ class VAE(torch.nn.Module):
 
 
 def elbo_terms(logits, x, mu, logvar):
-    """The two parts of the negative ELBO, each (B,), in nats per image.
-
-    Kingma & Welling, eq. 10, with the signs turned (they maximise). Sums, never means, over pixels
-    and latents: only so do the two terms have the same unit.
-    """
+    """The two parts of the negative ELBO (Kingma & Welling, eq. 10, signs turned), each (B,), in
+    nats per image. Sums, never means, over pixels and latents: only so do they share a unit."""
     # recon = -log p(x | z) = -sum_i [ x_i log p_i + (1 - x_i) log(1 - p_i) ],  p = sigmoid(logits)
     recon = torch.nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="none")
     recon = recon.flatten(1).sum(1)                                         # (B,)
@@ -94,8 +92,7 @@ def elbo_terms(logits, x, mu, logvar):
 def train(model, data, epochs, batch_size, lr, device):
     """Adam and OneCycle: the learning rate rises to `lr` for 30 % of the steps, then falls to 0
     (and Adam's beta1 goes from 0.95 to 0.85 and back). Returns one dict an epoch."""
-    x_train = data.train_images.to(device)
-    x_val = data.val_images.to(device)
+    x_train, x_val = data.train_images.to(device), data.val_images.to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr, betas=(0.9, 0.99), fused=True)
     steps = -(-len(x_train) // batch_size)              # rounded up: the last batch is smaller
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * steps)
@@ -119,8 +116,7 @@ def train(model, data, epochs, batch_size, lr, device):
         val = test(model, x_val)
         seconds = time.time() - start
         history.append({"recon": recon, "kl": kl, "val_recon": val["recon"], "val_kl": val["kl"]})
-        print(f"epoch {epoch:3}/{epochs}  "
-              f"{describe('train', recon, kl, data.floor)}  "
+        print(f"epoch {epoch:3}/{epochs}  {describe('train', recon, kl, data.floor)}  "
               f"{describe('val', val['recon'], val['kl'], data.floor)}  "
               f"{seconds:.0f} s, {seconds / epoch * (epochs - epoch):.0f} s left", flush=True)
     return history
@@ -137,6 +133,31 @@ def test(model, images, batch_size=1000):
         sums += torch.stack([recon.sum(), kl.sum()]).cpu()
     recon, kl = (sums / len(images)).tolist()
     return {"recon": recon, "kl": kl, "total": recon + kl}
+
+
+# ---------------------------------------------------------------- beyond the ELBO
+
+DRAWS = (1, 2, 5, 10, 20, 50, 100)                      # K
+
+
+@torch.no_grad()
+def importance_weighted_bound(model, elbo_terms, images, labels=(), draws=100, counts=DRAWS):
+    """{K: upper bound on -log p(x) in nats} (Burda et al. 2016, arXiv:1509.00519, eq. 8).
+
+    log w = log p(x | z) + log p(z) - log q(z | x), and the bound is -mean log( 1/K sum_k w_k ).
+    K = 1 is the negative ELBO. All K (divisors of `draws`) share their draws.
+    """
+    log_w = []
+    for _ in range(draws):
+        mu, logvar = model.encode(images, *labels)
+        z = model.reparameterize(mu, logvar)
+        recon, _ = elbo_terms(model.decode(z, *labels), images, mu, logvar)
+        # log p(z) - log q(z | x); both have the same log 2 pi, which cancels
+        log_ratio = 0.5 * ((z - mu).pow(2) / logvar.exp() + logvar - z.pow(2)).sum(1)
+        log_w.append(log_ratio - recon)
+    log_w = torch.stack(log_w, dim=1).cpu().double()    # (N, draws)
+    return {k: -(log_w.unflatten(1, (-1, k)).logsumexp(2) - math.log(k)).mean().item()
+            for k in counts}
 
 
 # ---------------------------------------------------------------- the pictures
@@ -166,11 +187,13 @@ def pictures(shown, history, path):
 
 def plot_curves(history, path):
     """Recon and KL against epochs, train and validation."""
-    figure = Figure(figsize=(9, 3.5), dpi=110, layout="constrained")
+    figure = Figure(figsize=(8, 3.2), dpi=120, layout="constrained")
     epochs = range(1, len(history) + 1)
-    titles = {"recon": "recon: what z does not tell", "kl": "KL: what z tells"}
+    titles = {"recon": "recon, what z does not tell", "kl": "KL, what z tells"}
     for i, (name, title) in enumerate(titles.items(), 1):
-        axes = figure.add_subplot(1, 2, i, title=title, xlabel="epoch", ylabel="nats per image")
+        axes = figure.add_subplot(1, 2, i, xlabel="epoch", ylabel="nats per image",
+                                  title=f"{title}: {history[-1][f'val_{name}']:.1f}")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.plot(epochs, [h[name] for h in history], "o-", ms=3, label=f"train {name}")
         axes.plot(epochs, [h[f"val_{name}"] for h in history], "s--", ms=3, label=f"val {name}")
         axes.legend()
@@ -189,13 +212,7 @@ def load_model(path, device="cpu"):
 @command
 def main(argv=None):
     parser = Parser(__doc__)
-    parser.number("--epochs", int, 1, 10_000, 18, "passes over the training split (18)")
-    parser.number("--batch-size", int, 1, 100_000, 128, "images a step (128)")
-    parser.number("--lr", float, 1e-8, 10, 2e-3, "peak learning rate (2e-3)")
-    parser.number("--latent-dim", int, 1, 784, 20, "numbers in z (20)")
-    parser.number("--seed", int, 0, 2**32 - 1, 0, "of weights, batches and noise (0)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (auto)")
-    parser.add_argument("--reuse", action="store_true", help="do not train again what is there")
+    parser.training(epochs=18, lr=2e-3, latent_dim=20)
     args = parser.parse_args(argv)
 
     device = pick_device(args.device)
@@ -204,8 +221,7 @@ def main(argv=None):
     model = VAE(args.latent_dim).to(device)
     print(*(f"{name}={value}" for name, value in vars(args).items()))
     print(f"device {device}, {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
-    path, config = run_path(parser, args, "vae", data.source,
-                            "epochs", "batch_size", "lr", "latent_dim")
+    path, config = run_path(parser, args, "vae", data.source, "latent_dim")
     if args.reuse and path.exists():
         read_checkpoint(path, config=config, source=data.source, seed=args.seed)
         print(f"{path} is there: nothing to train")
