@@ -11,7 +11,7 @@ single dimension? That is held against a null: the same codes along random axes.
 
 Expect (full data, seed 0): about 6 min on 2 CPU cores; on the test images, from beta = 0.25 to 16,
 recon rises from 219.67 to 273.03 and KL falls from 22.20 to 2.79; gap - null shows no trend.
-Try: --betas 0 (an autoencoder), --betas 100; --image 1 --reuse for other traversals.
+Try: --betas 0 (almost an autoencoder), --betas 100; --image 1 --reuse for other traversals.
 """
 import time
 
@@ -64,8 +64,8 @@ class BetaVAE(torch.nn.Module):
 
 
 def elbo_terms(logits, x, mu, logvar):
-    """The two parts of the negative ELBO (Kingma & Welling, eq. 10, signs turned), each (B,), in
-    nats per image. Sums, never means, over pixels and latents: only so do they share a unit."""
+    """The two parts of the negative ELBO (Kingma & Welling, eq. 10) in nats: sums, never means,
+    over pixels and latents. logits, x (B, 1, 28, 28), mu, logvar (B, latent_dim) -> (B,) each."""
     # recon = -log p(x | z) = -sum_i [ x_i log p_i + (1 - x_i) log(1 - p_i) ],  p = sigmoid(logits)
     recon = torch.nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="none")
     recon = recon.flatten(1).sum(1)                                         # (B,)
@@ -108,7 +108,7 @@ def train(model, data, epochs, batch_size, lr, device, beta):
 
 @torch.no_grad()
 def test(model, images, batch_size=1000):
-    """Mean recon, kl and total over the images, one posterior sample each, full KL weight."""
+    """Mean recon, kl, total of images (N, 1, 28, 28): one posterior sample each, KL unweighted."""
     model.eval()
     sums = torch.zeros(2)
     for x in images.split(batch_size):
@@ -163,7 +163,7 @@ def rotated_gaps(mu, values, rotations=20):
 
 def traversal_effect(model, mu, dimensions, spread):
     """What a dimension *causes*: the change of each attribute as it alone moves from -2 to 2, in
-    units of spread (6,), mean over codes mu (N, D): opposite changes cancel. (dimensions, 6)."""
+    units of spread (6,): mean over codes mu (N, D), so opposites cancel. -> (dimensions, 6)."""
     effects = torch.zeros(len(dimensions), len(spread))
     for row, dimension in enumerate(dimensions):
         low, high = mu.clone(), mu.clone()

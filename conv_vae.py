@@ -14,7 +14,7 @@ so that z learns to carry something before it has to pay for it. Evaluation alwa
 
 Expect (full data, seed 0): about 5 min on 2 CPU cores; on the test images recon
 222.65 (32.79 above the floor), KL 13.32, total 235.97: 2.0 nats below the MLP of section 2.
-Implementation details, and what they pay on validation after 9 epochs (single runs, seed 0):
+Implementation details, and what they gain on validation after 9 epochs (single runs, seed 0):
   beta2 = 0.99 in Adam instead of 0.999: 235.27 instead of 235.80 nats
   the decoder's residual block: 235.58 without; its second dense layer: 235.42, FID 1.80, not 1.36
 Try: --warmup-epochs 0; --epochs 60 --latent-dim 20 --weight-decay 0.1 (README, section 3).
@@ -31,9 +31,8 @@ from data import (CLASSES, Parser, UserError, command, describe, image_grid, loa
 
 # ---------------------------------------------------------------- the model
 
-
 class Residual(torch.nn.Module):
-    """x + F(x): a 3 x 3 convolution looks around, a 1 x 1 convolution mixes the channels."""
+    """x + F(x), (B, C, H, W) -> the same: 3 x 3 convolution looks around, 1 x 1 mixes channels."""
 
     def __init__(self, channels):
         super().__init__()
@@ -90,10 +89,9 @@ class ConvVAE(torch.nn.Module):
 
 # ---------------------------------------------------------------- the loss
 
-
 def elbo_terms(logits, x, mu, logvar):
-    """The two parts of the negative ELBO (Kingma & Welling, eq. 10, signs turned), each (B,), in
-    nats per image. Sums, never means, over pixels and latents: only so do they share a unit."""
+    """The two parts of the negative ELBO (Kingma & Welling, eq. 10) in nats: sums, never means,
+    over pixels and latents. logits, x (B, 1, 28, 28), mu, logvar (B, latent_dim) -> (B,) each."""
     # recon = -log p(x | z) = -sum_i [ x_i log p_i + (1 - x_i) log(1 - p_i) ],  p = sigmoid(logits)
     recon = torch.nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="none")
     recon = recon.flatten(1).sum(1)                                         # (B,)
@@ -103,7 +101,6 @@ def elbo_terms(logits, x, mu, logvar):
 
 
 # ---------------------------------------------------------------- training and testing
-
 
 def kl_weight(step, warmup_steps):
     """w(step): from 0 to 1 over the warm-up steps, then 1. step counts optimizer steps from 0."""
@@ -161,7 +158,7 @@ def train(model, data, epochs, batch_size, lr, device, warmup_epochs, weight_dec
 
 @torch.no_grad()
 def test(model, images, batch_size=1000):
-    """Mean recon, kl and total over the images, one posterior sample each, full KL weight."""
+    """Mean recon, kl, total of images (N, 1, 28, 28): one posterior sample each, KL unweighted."""
     model.eval()
     sums = torch.zeros(2)
     for x in images.split(batch_size):
@@ -173,7 +170,6 @@ def test(model, images, batch_size=1000):
 
 
 # ---------------------------------------------------------------- the pictures
-
 
 @torch.no_grad()
 def show(model, data, device):
@@ -213,7 +209,6 @@ def plot_curves(history, path):
 
 
 # ---------------------------------------------------------------- the section
-
 
 def compare(metrics, shown, path, baseline):
     """Numbers and pictures of section 2, where it was run before, beside these."""

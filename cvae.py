@@ -30,9 +30,8 @@ from data import (CLASSES, Parser, UserError, command, describe, image_grid, loa
 
 # ---------------------------------------------------------------- the model
 
-
 class Residual(torch.nn.Module):
-    """x + F(x): a 3 x 3 convolution looks around, a 1 x 1 convolution mixes the channels."""
+    """x + F(x), (B, C, H, W) -> the same: 3 x 3 convolution looks around, 1 x 1 mixes channels."""
 
     def __init__(self, channels):
         super().__init__()
@@ -92,10 +91,9 @@ class CVAE(torch.nn.Module):
 
 # ---------------------------------------------------------------- the loss
 
-
 def elbo_terms(logits, x, mu, logvar):
-    """The two parts of the negative ELBO (Kingma & Welling, eq. 10, signs turned), each (B,), in
-    nats per image. Sums, never means, over pixels and latents: only so do they share a unit."""
+    """The two parts of the negative ELBO (Kingma & Welling, eq. 10) in nats: sums, never means,
+    over pixels and latents. logits, x (B, 1, 28, 28), mu, logvar (B, latent_dim) -> (B,) each."""
     # recon = -log p(x | z) = -sum_i [ x_i log p_i + (1 - x_i) log(1 - p_i) ],  p = sigmoid(logits)
     recon = torch.nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="none")
     recon = recon.flatten(1).sum(1)                                         # (B,)
@@ -105,7 +103,6 @@ def elbo_terms(logits, x, mu, logvar):
 
 
 # ---------------------------------------------------------------- training and testing
-
 
 def mixed_precision(device):
     """A context: bfloat16 where the hardware has it; elsewhere it is emulated and slow, so not."""
@@ -152,7 +149,7 @@ def train(model, data, epochs, batch_size, lr, device):
 
 @torch.no_grad()
 def test(model, images, labels, batch_size=1000):
-    """Mean recon, kl and total over the images, one posterior sample each, full KL weight."""
+    """Mean recon, kl, total of images (N, 1, 28, 28): one posterior sample each, KL unweighted."""
     model.eval()
     sums = torch.zeros(2)
     for x, y in zip(images.split(batch_size), labels.split(batch_size)):
@@ -164,7 +161,6 @@ def test(model, images, labels, batch_size=1000):
 
 
 # ---------------------------------------------------------------- the pictures
-
 
 @torch.no_grad()
 def pictures(model, data, history, path, device):
@@ -208,7 +204,6 @@ def plot_curves(history, path):
 
 
 # ---------------------------------------------------------------- the section
-
 
 def load_model(path, device="cpu"):
     """(trained model in eval mode, meta) from a checkpoint; UserError where it does not fit."""

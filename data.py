@@ -250,7 +250,7 @@ def read_checkpoint(path, build=None, **expected):
 
 def describe(split, recon, kl, floor):
     """One line of figures, the same in every script; (+) is recon above the entropy floor."""
-    return (f"{split}: recon {recon:.2f} (+{recon - floor[split]:.2f}) KL {kl:.2f}"
+    return (f"{split}: recon {recon:.2f} ({recon - floor[split]:+.2f}) KL {kl:.2f}"
             f" total {recon + kl:.2f}")
 
 
@@ -266,7 +266,7 @@ def image_grid(images, path, title="", rows=(), columns=()):
     axes.set_xticks([30 * i + 15 for i in range(len(columns))], columns, fontsize=7)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    write_atomically(path, figure.savefig)
+    write_atomically(Path(path), figure.savefig)
 
 
 # ---------------------------------------------------------------- run directly: exploration

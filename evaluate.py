@@ -9,7 +9,7 @@ recon, KL and total are nats per image at full KL weight, from one posterior sam
 (Heusel et al. 2017, arXiv:1706.08500, eq. 6; m, S: mean and covariance of the classifier's 256
 features. These are not Inception's features: a *proxy*, comparable within this table alone.)
 
-    python evaluate.py                    # the whole study; a second call only measures again
+    python evaluate.py                    # the study; a second call only measures again
     python evaluate.py --split val        # the same metrics on validation: for choosing
     python evaluate.py --deep             # and what takes longer: memorisation, the bias of FID
 
@@ -301,14 +301,14 @@ def report(results, markdown=False):
         "", *table([row for row in rows if "gap" in row], SWEEP, markdown)]
     if "nearer_train" in yardsticks:
         lines += ["", *table([*main_rows, yardsticks | {"model": "test images"}], DEEP, markdown)]
-    return [*lines, "", *verdict(rows), "", "What each column means: README, What comes out."]
+    return [*lines, "", *verdict(rows), "", "What each column means: README."]
 
 
 def verdict(rows):
     """The models ranked by each figure, with a mark where noise may have decided; as lines."""
     rows = [flatten(row | {"total": row.get("total_plus_log10", row["total"])}) for row in rows]
-    lines = ["What this says (<: apart by more than the spread of that difference over the seeds;"
-             " ≈: not, or one seed only, so perhaps by chance)"]
+    lines = ["What this says. <: further apart than twice the root of s1^2 + s2^2, s the two ±;"
+             " ≈: not so, or one seed only: perhaps by chance."]
     for key, title, sweep in (("total", "total (CVAE: + log 10)", 0), ("fid_prior", "FID prior", 0),
                               ("fid_gmm", "FID ex-post", 0), ("fid_recon", "FID recon", 0),
                               ("total", "total", 1), ("fid_prior", "FID prior", 1)):
@@ -316,7 +316,7 @@ def verdict(rows):
         text = f"- {title}: {ranked[0]['model']} {ranked[0][key]:.2f}"
         for a, b in zip(ranked, ranked[1:]):
             spread = math.hypot(*(row.get(f"{key}_std", math.inf) for row in (a, b)))
-            sign = "<" if b[key] - a[key] > spread else "≈"
+            sign = "<" if b[key] - a[key] > 2 * spread else "≈"
             text += f" {sign} {b['model'].removeprefix('β-VAE ')} {b[key]:.2f}"
         lines.append(text)
     return lines
@@ -343,7 +343,7 @@ def plot_deep(rows, path):
 @command
 def main(argv=None):
     parser = Parser(__doc__)
-    parser.number("--seeds", int, 0, 2**32 - 1, [0], "a training of each model each", nargs="+")
+    parser.number("--seeds", int, 0, 2**32 - 1, [0], "each trains every model once", nargs="+")
     parser.number("--epochs", int, 1, 10_000, None, "of all trainings (each script's default)")
     parser.add_argument("--split", choices=("test", "val"), default="test", help="val: to choose")
     parser.add_argument("--deep", action="store_true", help="also memorisation, the bias of FID")
