@@ -246,7 +246,7 @@ def load_model(path, device="cpu"):
 def main(argv=None):
     parser = Parser(__doc__)
     parser.training(epochs=8, lr=2e-3, latent_dim=10)
-    parser.number("--betas", float, 0, 1e6, [0.25, 0.5, 1, 2, 4, 8, 16], "of the KL", nargs="+")
+    parser.number("--betas", float, 0, 1e6, [0.25, 0.5, 1, 2, 4, 8, 16], "KL weights", nargs="+")
     parser.number("--image", int, 0, 1999, 0, "the test image whose code is traversed (0)")
     args = parser.parse_args(argv)
     args.betas.sort()
