@@ -259,7 +259,8 @@ def image_grid(images, path, title="", rows=(), columns=()):
     height, width = images.shape[:2]
     canvas = torch.nn.functional.pad(images.detach().cpu(), (1, 1, 1, 1), value=1.0)  # white seams
     canvas = canvas.transpose(1, 2).reshape(height * 30, width * 30)
-    figure = Figure((0.6 * width + 1.2 * bool(rows), 0.6 * height + 0.6), 85, layout="constrained")
+    inch = 9 / max(width, 15)                               # one image: all letters equally large
+    figure = Figure((inch * width + bool(rows), inch * height + .6), 51 / inch, layout="constrained")
     axes = figure.add_subplot(title=title)
     axes.imshow(canvas.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axes.set_yticks([30 * i + 15 for i in range(len(rows))], rows)
@@ -276,8 +277,7 @@ def main(argv=None):
     args = Parser(__doc__).parse_args(argv)
     data = load(args.data)
     by_class = [data.train_images[data.train_labels == c][:10, 0] for c in range(10)]
-    image_grid(torch.stack(by_class), args.out / "data-samples.png", "Ten images of each class",
-               CLASSES)
+    image_grid(torch.stack(by_class), args.out / "data-samples.png", "Ten of each class", CLASSES)
     pixels = data.train_images.flatten().numpy()
     figure = Figure((10, 3.4), 120, layout="constrained")
     left = figure.add_subplot(1, 2, 1, ylabel="share of the split", title="Classes: equally often")

@@ -307,8 +307,8 @@ def report(results, markdown=False):
 def verdict(rows):
     """The models ranked by each figure, with a mark where noise may have decided; as lines."""
     rows = [flatten(row | {"total": row.get("total_plus_log10", row["total"])}) for row in rows]
-    lines = ["What this says. <: further apart than twice the root of s1^2 + s2^2, s the two ±;"
-             " ≈: not so, or one seed only: perhaps by chance."]
+    lines = ["What this says. a < b: further apart than 2 sqrt(s_a^2 + s_b^2), s the ± of each;"
+             " a ≈ b: not so, or one seed only. Neighbours alone are compared."]
     for key, title, sweep in (("total", "total (CVAE: + log 10)", 0), ("fid_prior", "FID prior", 0),
                               ("fid_gmm", "FID ex-post", 0), ("fid_recon", "FID recon", 0),
                               ("total", "total", 1), ("fid_prior", "FID prior", 1)):
