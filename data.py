@@ -267,7 +267,7 @@ def image_grid(images, path, title="", rows=(), columns=()):
     axes.set_xticks([30 * i + 15 for i in range(len(columns))], columns, fontsize=7)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    write_atomically(Path(path), figure.savefig)
+    write_atomically(Path(path), lambda file: figure.savefig(file, bbox_inches="tight"))
 
 
 # ---------------------------------------------------------------- run directly: exploration
