@@ -260,7 +260,7 @@ def image_grid(images, path, title="", rows=(), columns=()):
     canvas = torch.nn.functional.pad(images.detach().cpu(), (1, 1, 1, 1), value=1.0)  # white seams
     canvas = canvas.transpose(1, 2).reshape(height * 30, width * 30)
     inch = 9 / max(width, 15)                               # one image: all letters equally large
-    figure = Figure((inch * width + bool(rows), inch * height + .6), 51 / inch, layout="constrained")
+    figure = Figure((inch * width + 1, inch * height + 1), 51 / inch, layout="constrained")
     axes = figure.add_subplot(title=title)
     axes.imshow(canvas.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axes.set_yticks([30 * i + 15 for i in range(len(rows))], rows)
