@@ -1,27 +1,34 @@
-"""Section 4: the beta-VAE, or what the weight of the KL decides, measured and not only shown.
+"""Section 4: the beta-VAE: what the weight of the KL decides.
 
     loss  =  recon  +  beta * KL                  (Higgins et al. 2017, ICLR, eq. 4)
 
-Each beta is one point on the rate-distortion curve of one network (Alemi et al. 2018,
-arXiv:1711.00464): rate = KL, distortion = recon. All are *reported* at beta = 1: totals that are
-weighted differently cannot be compared. Does a large beta put each property of the image into a
-single dimension? That is held against a null: the same codes along random axes.
+A small beta makes z cheap: z then tells much about the image, and the image is drawn precisely. A
+large beta makes z dear: z tells little, and the image is blurred. Each beta is one point of the
+rate-distortion curve (Alemi et al. 2018, arXiv:1711.00464): the rate is the KL, the distortion is
+recon. All betas are *reported* at beta = 1, because totals that are weighted differently cannot be
+compared.
 
-    python beta_vae.py
+What does each latent, each dimension of z, learn? Two pictures show it: traversals (decode z while
+one latent moves) and the correlation of each latent with six attributes of the image, such as its
+width. It is often said that a large beta gives each attribute a latent of its own. We measure that
+by a gap, and compare it with a null: the gap of the same codes along random axes.
 
-Expect (full data, seed 0): about 6 min on 2 CPU cores; on the test images, from beta = 0.25 to 16,
-recon rises from 219.67 to 273.03 and KL falls from 22.20 to 2.79; gap - null shows no trend.
-Try: --betas 0 (almost an autoencoder), --betas 100; --image 1 --reuse for other traversals.
+    python beta_vae.py                  # six minutes on two CPU cores
+
+You should see (full data, seed 0), from beta = 0.25 to 16, recon rise from 219.67 to 273.03 nats on
+the test images and KL fall from 22.20 to 2.79. The gap minus its null shows no trend.
+Try: --betas 0 (almost an autoencoder; look at its samples), or --betas 100.
 """
+import math
 import time
+from collections import namedtuple
 
 import torch
-from matplotlib.figure import Figure
 
-from data import (CLASSES, Parser, UserError, command, describe, image_grid, load, pick_device,
-                  read_checkpoint, run_path, save_checkpoint, write_atomically)
+import data
 
-ATTRIBUTES = "ink", "width", "height", "centre", "symmetry", "top"
+BETAS = [0.25, 0.5, 1, 2, 4, 8, 16]
+ATTRIBUTES = ["ink", "width", "height", "centre", "symmetry", "top"]
 
 # ---------------------------------------------------------------- the model
 
@@ -63,6 +70,8 @@ class BetaVAE(torch.nn.Module):
         return self.decode(z), mu, logvar
 
 
+# ---------------------------------------------------------------- the loss
+
 def elbo_terms(logits, x, mu, logvar):
     """The two parts of the negative ELBO (Kingma & Welling, eq. 10) in nats: sums, never means,
     over pixels and latents. logits, x (B, 1, 28, 28), mu, logvar (B, latent_dim) -> (B,) each."""
@@ -76,223 +85,300 @@ def elbo_terms(logits, x, mu, logvar):
 
 # ---------------------------------------------------------------- training and testing
 
-def train(model, data, epochs, batch_size, lr, device, beta):
-    """Adam (its betas are not ours) and OneCycle: up to `lr` for 30 % of the steps, then to 0."""
-    x_train, x_val = data.train_images.to(device), data.val_images.to(device)
+def train(model, train_images, val_images, epochs, batch_size, lr, beta):
+    """Minimise recon + beta KL on train_images (N, 1, 28, 28) in [0, 1]; one dict an epoch.
+
+    Adam with OneCycle: the learning rate rises to `lr` for 30 % of the steps, then falls to 0, and
+    Adam's beta1 goes from 0.95 to 0.85 and back. FloatingPointError if the loss is not finite."""
+    if not 0 <= train_images.min() <= train_images.max() <= 1:
+        raise ValueError("pixels must lie in [0, 1], since the loss is a binary cross-entropy")
+    device = next(model.parameters()).device
+    train_images, val_images = train_images.to(device), val_images.to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr, betas=(0.9, 0.99), fused=True)
-    steps = -(-len(x_train) // batch_size)              # rounded up: the last batch is smaller
+    steps = math.ceil(len(train_images) / batch_size)   # in one epoch
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * steps)
-    start = time.time()
+    history, start = [], time.time()
     for epoch in range(1, epochs + 1):
         model.train()
-        sums = torch.zeros(2)                           # recon and KL of the whole epoch
-        for step, batch in enumerate(torch.randperm(len(x_train)).split(batch_size), 1):
-            x = x_train[batch.to(device)]               # (B, 1, 28, 28)
+        recon_sum, kl_sum = 0.0, 0.0                    # over all images of the epoch
+        for step, batch in enumerate(torch.randperm(len(train_images)).split(batch_size), 1):
+            x = train_images[batch.to(device)]          # (B, 1, 28, 28)
             logits, mu, logvar = model(x)
             recon, kl = elbo_terms(logits, x, mu, logvar)
             loss = (recon + beta * kl).mean()           # the one change in the loop
             if not torch.isfinite(loss):
-                raise UserError(f"loss is {loss.item()} in epoch {epoch}, step {step}: lower --lr")
+                raise FloatingPointError(f"the loss is {loss.item()} in epoch {epoch}, step {step}:"
+                                         " choose a lower learning rate (--lr)")
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-            sums += torch.stack([recon.sum(), kl.sum()]).detach().cpu()
-        recon, kl = (sums / len(x_train)).tolist()
-        val = test(model, x_val)
+            recon_sum += recon.sum().item()
+            kl_sum += kl.sum().item()
+        recon, kl = recon_sum / len(train_images), kl_sum / len(train_images)
+        val = test(model, val_images)
+        history.append({"recon": recon, "kl": kl, "val_recon": val["recon"], "val_kl": val["kl"]})
         seconds = time.time() - start
-        print(f"epoch {epoch:3}/{epochs}  {describe('train', recon, kl, data.floor)}  "
-              f"{describe('val', val['recon'], val['kl'], data.floor)}  "
+        print(f"epoch {epoch:3}/{epochs}  "
+              f"train: recon {recon:.2f} KL {kl:.2f} total {recon + kl:.2f}  "
+              f"val: recon {val['recon']:.2f} KL {val['kl']:.2f} total {val['total']:.2f}  "
               f"{seconds:.0f} s, {seconds / epoch * (epochs - epoch):.0f} s left", flush=True)
+    return history
 
 
 @torch.no_grad()
 def test(model, images, batch_size=1000):
-    """Mean recon, kl, total of images (N, 1, 28, 28): one posterior sample each, KL unweighted."""
+    """Mean recon, kl and total of images (N, 1, 28, 28): one posterior sample each, full KL."""
     model.eval()
-    sums = torch.zeros(2)
+    device = next(model.parameters()).device
+    recon_sum, kl_sum = 0.0, 0.0
     for x in images.split(batch_size):
+        x = x.to(device)                                # (B, 1, 28, 28)
         logits, mu, logvar = model(x)
         recon, kl = elbo_terms(logits, x, mu, logvar)
-        sums += torch.stack([recon.sum(), kl.sum()]).cpu()
-    recon, kl = (sums / len(images)).tolist()
+        recon_sum += recon.sum().item()
+        kl_sum += kl.sum().item()
+    recon, kl = recon_sum / len(images), kl_sum / len(images)
     return {"recon": recon, "kl": kl, "total": recon + kl}
 
 
-# ---------------------------------------------------------------- what the latent space learned
+# ---------------------------------------------------------------- what the latents learned
+
+def extent(occupied):
+    """How many lines from the first occupied line to the last: (N, 28) bool -> (N,)."""
+    line = torch.arange(28)
+    first = torch.where(occupied, line, 28).amin(dim=1)
+    last = torch.where(occupied, line, -1).amax(dim=1)
+    return (last - first + 1).clamp(min=0).float()      # 0 if no line is occupied
+
 
 def attributes(images):
-    """Ink: sum of the pixels; width, height: of the box around those above 1/4; centre: mean row;
-    symmetry: 1 if left mirrors right; top: upper half's share. (N, 1, 28, 28) -> (N, 6)."""
-    x, sides = images[:, 0], []
-    for lines in (x.amax(1), x.amax(2)):                # (N, 28), the largest pixel of each line
-        inside = (lines > 0.25).int()                   # the box: from the first 1 to the last
-        sides.append(inside.amax(1) * (28 - inside.argmax(1) - inside.flip(1).argmax(1)))
-    ink = x.sum((1, 2)).clamp(min=1e-6)
+    """The six ATTRIBUTES of images (N, 1, 28, 28), as (N, 6): ink is the sum of all pixels; width
+    and height are those of the box around all pixels above 1/4; centre is the mean row of the ink;
+    symmetry is 1 if left mirrors right; top is the share of the ink in the upper half."""
+    x = images[:, 0]                                    # (N, 28, 28): image, row, column
+    ink = x.sum((1, 2)).clamp(min=1e-6)                 # never 0, because we divide by it
+    bright = x > 0.25
+    width = extent(bright.any(dim=1))                   # which columns hold a bright pixel?
+    height = extent(bright.any(dim=2))                  # which rows do?
     centre = (x.sum(2) * torch.arange(28)).sum(1) / ink
-    symmetry = 1 - (x - x.flip(2)).abs().sum((1, 2)) / (2 * ink)
-    return torch.stack([ink, *sides, centre, symmetry, x[:, :14].sum((1, 2)) / ink], dim=1)
+    mirrored = x.flip(2)
+    symmetry = 1 - (x - mirrored).abs().sum((1, 2)) / (2 * ink)
+    top = x[:, :14].sum((1, 2)) / ink
+    return torch.stack([ink, width, height, centre, symmetry, top], dim=1)
 
 
-def active_units(mu):
-    """How many columns of mu (N, D) have a variance above 0.01 (Burda et al. 2016, 1509.00519)."""
-    return int((mu.var(0) > 0.01).sum())
+def is_active(mu):
+    """Which latents tell anything: mu (N, D) -> (D,) bool. A latent is active if its mu varies from
+    image to image with a variance above 0.01 (Burda et al. 2016, arXiv:1509.00519)."""
+    return mu.var(dim=0) > 0.01
+
+
+def ranks(values):
+    """The rank of each number within its column, equal numbers sharing one: (N, K) -> (N, K)."""
+    columns = values.T.contiguous()                     # (K, N)
+    ordered = columns.sort(dim=1).values
+    smaller = torch.searchsorted(ordered, columns)
+    smaller_or_equal = torch.searchsorted(ordered, columns, right=True)
+    return (smaller + smaller_or_equal).T.double() / 2
 
 
 def rank_correlation(a, b):
-    """|Spearman's rho| of the columns of a (N, D) and b (N, K) -> (D, K); ties share a rank."""
-    columns = torch.cat([a, b], dim=1).T.contiguous()                       # (D + K, N)
-    ordered = columns.sort(1).values
-    ranks = torch.searchsorted(ordered, columns) + torch.searchsorted(ordered, columns, right=True)
-    return ranks.double().corrcoef().nan_to_num()[:a.shape[1], a.shape[1]:].abs()
+    """|rho|, the strength of Spearman's rank correlation, between each column of a (N, D) and each
+    column of b (N, K): (D, K). It is 1 where one rises with the other or falls with it."""
+    a, b = ranks(a), ranks(b)
+    a = (a - a.mean(0)) / a.std(0)
+    b = (b - b.mean(0)) / b.std(0)
+    return (a.T @ b / (len(a) - 1)).abs().nan_to_num()  # not a number: a column is constant
 
 
 def gap(rho):
-    """Does each attribute sit in one dimension (with others or alone)? Its largest |rho| minus the
-    next, mean over attributes, after MIG (Chen et al. 2018, arXiv:1802.04942, eq. 6). (D, K)."""
-    largest, second = torch.nn.functional.pad(rho, (0, 0, 0, 2)).topk(2, dim=0).values
-    return (largest - second).mean().item()
+    """Does one latent alone stand for an attribute? The largest |rho| minus the second largest,
+    averaged over the attributes: rho (D, K) -> a number from 0 to 1. It follows the mutual
+    information gap, MIG (Chen et al. 2018, arXiv:1802.04942, eq. 6), with |rho| in place of I."""
+    if len(rho) == 0:
+        return 0.0
+    ordered = rho.sort(dim=0, descending=True).values   # (D, K), the largest first
+    second = ordered[1] if len(ordered) > 1 else 0
+    return (ordered[0] - second).mean().item()
 
 
 def rotated_gaps(mu, values, rotations=20):
-    """The null: gaps of mu (N, D) along random orthogonal axes, with values (N, K)."""
-    rng, d = torch.Generator().manual_seed(0), mu.shape[1]
-    turns = [torch.linalg.qr(torch.randn(d, d, generator=rng)).Q for _ in range(rotations)]
-    return torch.tensor([gap(rank_correlation(mu @ turn, values)) for turn in turns])
+    """The null: gaps of the codes mu (N, D) along random axes, where no axis can have a meaning of
+    its own; with the attributes values (N, K). (rotations,)."""
+    generator = torch.Generator().manual_seed(0)
+    gaps = []
+    for _ in range(rotations):
+        gaussian = torch.randn(mu.shape[1], mu.shape[1], generator=generator)
+        rotation = torch.linalg.qr(gaussian).Q          # a random orthogonal matrix
+        gaps.append(gap(rank_correlation(mu @ rotation, values)))
+    return torch.tensor(gaps)
 
 
-def traversal_effect(model, mu, dimensions, spread):
-    """What a dimension *causes*: the change of each attribute as it alone moves from -2 to 2, in
-    units of spread (6,): mean over codes mu (N, D), so opposites cancel. -> (dimensions, 6)."""
-    effects = torch.zeros(len(dimensions), len(spread))
-    for row, dimension in enumerate(dimensions):
-        low, high = mu.clone(), mu.clone()
-        low[:, dimension], high[:, dimension] = -2, 2
-        before, after = (attributes(model.decode(z).sigmoid()) for z in (low, high))
-        effects[row] = (after - before).mean(0) / spread
-    return effects
-
-
-def linear_probe(mu, labels, test_mu, test_labels, ridge=1e-3):
-    """Accuracy on test_mu of a linear classifier of mu (N, D): W = (A^T A + ridge N I)^-1 A^T Y."""
-    a, b = (torch.nn.functional.pad(m, (0, 1), value=1.0).double() for m in (mu, test_mu))
-    y = torch.nn.functional.one_hot(labels, len(CLASSES)).double()          # (N, 10)
-    w = torch.linalg.solve(a.T @ a + ridge * len(a) * torch.eye(a.shape[1]), a.T @ y)
-    return ((b @ w).argmax(1) == test_labels).double().mean().item()
+# active: how many latents are; gap: see above; null: the mean gap along random axes; beaten: the
+# share of those with a smaller gap; kl (D,): nats of each latent; latents: the active ones, the
+# largest KL first; rho (active, 6): |rho| of each of them with each attribute
+Analysis = namedtuple("Analysis", "active gap null beaten kl latents rho")
 
 
 @torch.no_grad()
-def analyse(model, data, images, labels):
-    """What z carries: numbers for the table; and the model (on the CPU), the KL of each dimension,
-    the active ones by falling KL, their |rho| and effect on the attributes, (active, 6) each."""
-    mu, logvar = model.encode(images)                   # (N, latent_dim) each
-    kl = 0.5 * (mu.pow(2) + logvar.exp() - logvar - 1).mean(0)
-    active = [d for d in kl.argsort(descending=True).tolist() if active_units(mu[:, [d]])]
+def analyse(model, images):
+    """What the latents of a model learned, as an Analysis; all on the CPU. (N, 1, 28, 28)."""
+    mu, logvar = model.encode(images)                                       # (N, D)
+    kl = 0.5 * (mu.pow(2) + logvar.exp() - logvar - 1).mean(0)              # (D,)
+    active = is_active(mu)
+    latents = [d for d in kl.argsort(descending=True).tolist() if active[d]]
     values = attributes(images)
-    rho, null = rank_correlation(mu[:, active], values), rotated_gaps(mu[:, active], values)
-    effect = traversal_effect(model, mu[:500], active, values.std(0))
-    probe = linear_probe(model.encode(data.train_images)[0], data.train_labels, mu, labels)
+    rho = rank_correlation(mu[:, latents], values)                          # (active, 6)
+    null = rotated_gaps(mu[:, latents], values)
     beaten = (null < gap(rho)).double().mean().item()
-    return {"active_units": float(len(active)), "probe": probe, "gap": gap(rho),
-            "null": null.mean().item(), "beaten": beaten}, (model, kl, active, rho, effect)
+    return Analysis(float(len(latents)), gap(rho), null.mean().item(), beaten, kl, latents, rho)
 
 
 # ---------------------------------------------------------------- the pictures
 
-def plot_tradeoff(rows, path):
-    """Rate against distortion, a point a row; bars where a row has standard deviations."""
-    figure = Figure((6, 4.2), 110, layout="constrained")
-    axes = figure.add_subplot(title="What does a nat of KL buy? (dashed: equal total)", xmargin=0.3,
-                              xlabel="KL (rate), nats", ylabel="excess recon (distortion), nats")
-    keys = "kl", "excess", "active_units", "kl_std", "excess_std"
-    kl, excess, active, kl_std, excess_std = ([row.get(key, 0) for row in rows] for key in keys)
-    axes.errorbar(kl, excess, excess_std, kl_std)
-    axes.scatter(kl, excess, [(3 + count) ** 2 for count in active])        # size: active units
-    for row in rows:
-        axes.annotate(row["model"], (row["kl"], row["excess"]), (9, 2), textcoords="offset points")
-    axes.axline(min(zip(kl, excess), key=sum), slope=-1, ls="--", c="gray")
-    write_atomically(path, figure.savefig)
+def plot_tradeoff(sweep, path):
+    """Rate against distortion, a point for each beta."""
+    figure = data.Figure((6, 4.2), 110, layout="constrained")
+    axes = figure.add_subplot(title="A small beta lets z tell more, so images are sharper",
+                              xlabel="rate: KL, nats", xmargin=0.15,
+                              ylabel="distortion: recon above the floor, nats")
+    kl = [figures["kl"] for _, _, figures in sweep.values()]
+    excess = [figures["excess"] for _, _, figures in sweep.values()]
+    axes.plot(kl, excess, "o-")
+    for i, beta in enumerate(sweep):
+        axes.annotate(f"beta {beta:g}", (kl[i], excess[i]), (9, 2), textcoords="offset points")
+    axes.axline(min(zip(kl, excess), key=sum), slope=-1, ls="--", color="gray",
+                label="equal total, the lowest of these")
+    axes.legend()
+    data.save_figure(figure, path)
 
 
 @torch.no_grad()
-def pictures(found, image, stem):
-    """For each beta: one image's code moved along a dimension a row; |rho| and |effect| of each."""
-    moved, names, steps, panels, columns = [], {}, [], [], []
-    for beta, (model, kl, active, rho, effect) in found.items():
-        z = model.encode(image)[0].repeat(len(kl), 5, 1)                    # (rows, 5, latent_dim)
-        for row, dimension in enumerate(kl.argsort(descending=True)):
-            z[row, :, dimension] = torch.linspace(-3, 3, 5)
-            names[row] = f"{names.get(row, '')}  {kl[dimension]:.2f}"
-        images = model.decode(z.flatten(0, 1)).sigmoid().view(len(kl), 5, 28, 28)
-        moved += [images, torch.ones_like(images[:, :1])]                   # and a white gap
-        steps += ["-3", "", f"beta {beta:g}", "", "3", ""]
-        strength = torch.cat([rho, torch.zeros(len(rho), 1), effect.abs() / 2], dim=1)
-        panels += [1 - strength, torch.ones(1, 13)]                         # (active, 13)
-        columns += [f"z{d}\n{beta:g}" for d in active] + [""]
-    image_grid(torch.cat(moved, dim=1), stem.with_name(f"{stem.stem}-traversals.png"),
-               "A dimension a row, its KL at each beta: many are dead", names.values(), steps)
-    image_grid(torch.cat(panels).T[:, :, None, None].expand(-1, -1, 28, 28),
-               stem.with_name(f"{stem.stem}-attributes.png"),
-               "Above |rho|, below |effect|, dark: strong", (*ATTRIBUTES, "", *ATTRIBUTES), columns)
+def draw_traversals(sweep, image, path):
+    """Decode the code of one image (1, 1, 28, 28) while one latent, a row, moves from -3 to 3; a
+    panel for each beta."""
+    figure = data.Figure((3.4 * len(sweep), 5.6), 110, layout="constrained")
+    figure.suptitle("One latent a row moves from -3 to 3. At the left: its KL, in nats")
+    for i, (beta, (model, analysis, _)) in enumerate(sweep.items(), 1):
+        order = analysis.kl.argsort(descending=True).tolist()       # what tells most comes first
+        mu, _ = model.encode(image)                     # (1, D)
+        rows, titles = [], []
+        for d in order:
+            z = mu.repeat(5, 1)                         # (5, D)
+            z[:, d] = torch.linspace(-3, 3, 5)
+            rows.append(model.decode(z)[:, 0].sigmoid())                    # (5, 28, 28)
+            titles.append(f"z{d}: {analysis.kl[d]:.2f}")
+        data.draw_grid(figure.add_subplot(1, len(sweep), i), torch.stack(rows), f"beta {beta:g}",
+                       titles, ["-3", "-1.5", "0", "1.5", "3"])
+    data.save_figure(figure, path)
+
+
+def draw_attributes(sweep, path):
+    """|rho| of each active latent with each attribute; a matrix for each beta."""
+    most = max(len(analysis.latents) for _, analysis, _ in sweep.values())
+    figure = data.Figure((3.4 * len(sweep), 1.6 + 0.36 * most), 110, layout="constrained")
+    figure.suptitle("How strongly each active latent goes with each attribute: |rank correlation|")
+    for i, (beta, (_, analysis, _)) in enumerate(sweep.items(), 1):
+        axes = figure.add_subplot(1, len(sweep), i)
+        axes.set_title(f"beta {beta:g}: gap {analysis.gap:.2f}, random axes {analysis.null:.2f}",
+                       fontsize=9)
+        if not analysis.latents:                        # a collapsed model has nothing to show
+            axes.set_axis_off()
+            continue
+        axes.imshow(analysis.rho, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        axes.set_xticks(range(len(ATTRIBUTES)), ATTRIBUTES, rotation=45, ha="right")
+        axes.set_yticks(range(len(analysis.latents)), [f"z{d}" for d in analysis.latents])
+        for row, strengths in enumerate(analysis.rho.tolist()):
+            for column, strength in enumerate(strengths):
+                axes.text(column, row, f"{strength:.2f}", ha="center", va="center", fontsize=8,
+                          color="white" if strength > 0.6 else "black")
+    data.save_figure(figure, path)
+
+
+def draw_comparison(sweep, image, stem):
+    """The pictures of a sweep, {beta: (model, its Analysis, its figures)}; those of latents for at
+    most four betas. stem: the start of their names."""
+    plot_tradeoff(sweep, f"{stem}-tradeoff.png")
+    shown = list(sweep) if len(sweep) <= 4 else list(sweep)[::2]
+    some = {beta: sweep[beta] for beta in shown}
+    draw_traversals(some, image, f"{stem}-traversals.png")
+    draw_attributes(some, f"{stem}-attributes.png")
+    print(f"-> {stem}-tradeoff.png, -traversals.png, -attributes.png")
+
+
+# ---------------------------------------------------------------- the section
+
+def arguments():
+    """The flags of this script, with their defaults."""
+    parser = data.Parser(__doc__)
+    parser.add_argument("--betas", type=float, nargs="+", default=BETAS, help="weights of the KL")
+    parser.add_argument("--epochs", type=int, default=8, help="passes over the images")
+    parser.add_argument("--batch-size", type=int, default=128, help="images in one step")
+    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument("--latent-dim", type=int, default=10, help="dimensions of z")
+    parser.add_argument("--seed", type=int, default=0, help="of all random numbers")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    parser.add_argument("--train-only", action="store_true", help="no analysis and no pictures")
+    return parser
 
 
 def load_model(path, device="cpu"):
-    """(trained model in eval mode, meta) from a checkpoint; UserError where it does not fit."""
-    meta = read_checkpoint(path, lambda config: BetaVAE(config["latent_dim"]), script="beta_vae")
-    return meta["model"].to(device), meta
+    """(trained model in eval mode, what else its checkpoint holds); UserError if it is unusable."""
+    meta = data.read_checkpoint(path, "beta_vae")
+    model = BetaVAE(meta["config"]["latent_dim"])
+    return data.load_weights(model, meta, path).to(device), meta
 
 
-@command
-def main(argv=None):
-    parser = Parser(__doc__)
-    parser.training(epochs=8, lr=2e-3, latent_dim=10)
-    parser.number("--betas", float, 0, 1e6, [0.25, 0.5, 1, 2, 4, 8, 16], "KL weights", nargs="+")
-    parser.number("--image", int, 0, 1999, 0, "the test image whose code is traversed (0)")
+@data.command
+def main(argv=None, dataset=None):
+    """Train, test and save each beta, then compare them; returns the paths of the checkpoints.
+    dataset: what data.load() gave."""
+    parser = arguments()
     args = parser.parse_args(argv)
-    args.betas.sort()
-    if len({f"{beta:g}" for beta in args.betas}) < len(args.betas):         # as in the file names
-        raise UserError(f"--betas {args.betas}: name each once (to six digits)")
-    device = pick_device(args.device)
-    data = load(args.data)
+    data.check_flags(args)
+    device = data.pick_device(args.device)
+    dataset = dataset or data.load(args.data)
     print(*(f"{name}={value}" for name, value in vars(args).items()))
-    parameters = sum(p.numel() for p in BetaVAE(args.latent_dim).parameters())
-    print(f"device {device}, {parameters:,} parameters for each beta", flush=True)
-    found, rows, paths = {}, [], []
+    print(f"device {device}", flush=True)
+
+    paths, trained = [], {}
     for beta in args.betas:
         print(f"beta = {beta:g}")
-        path, config = run_path(parser, args, f"beta_vae-beta{beta:g}", data.source, "latent_dim")
-        config["beta"] = beta
-        if not (args.reuse and path.exists()):
-            torch.manual_seed(args.seed)                # the same start for every beta
-            model, start = BetaVAE(args.latent_dim).to(device), time.time()
-            train(model, data, args.epochs, args.batch_size, args.lr, device, beta)
-            torch.manual_seed(args.seed)                # evaluate.py repeats exactly this test
-            metrics = test(model, data.test_images.to(device)) | {"seconds": time.time() - start}
-            save_checkpoint(path, script="beta_vae", config=config, source=data.source,
-                            seed=args.seed, device=str(device), metrics=metrics,
-                            state_dict=model.state_dict())
-        read_checkpoint(path, config=config, source=data.source, seed=args.seed)
-        model, meta = load_model(path)
-        numbers, found[beta] = analyse(model, data, data.test_images, data.test_labels)
-        excess = meta["metrics"]["recon"] - data.floor["test"]
-        rows.append(meta["metrics"] | numbers | {"model": f"beta {beta:g}", "excess": excess})
-        paths.append(path)
-    stem, _ = run_path(parser, args, "beta_vae", data.source, "latent_dim", "betas", "image")
-    shown = args.betas[::2] if len(args.betas) > 4 else args.betas          # as many as fit
-    pictures({beta: found[beta] for beta in shown}, data.test_images[[args.image]], stem)
-    plot_tradeoff(rows, stem.with_name(f"{stem.stem}-tradeoff.png"))
-    keys = "recon", "excess", "kl", "total", "active_units", "probe", "gap", "null", "beaten"
-    print(f"test ({data.source}), at beta = 1, nats per image; probe: linear classifier on mu\n"
-          "beta   " + "".join(f"{key[:6]:>9}" for key in keys))
-    for row in rows:
-        print(f"{row['model'][5:]:7}" + "".join(f"{row[key]:9.2f}" for key in keys))
-    print("the largest effect on each attribute: its dimension, the change in standard deviations\n"
-          "beta   " + "".join(f"{name:>11}" for name in ATTRIBUTES))
-    for beta, (_, _, active, _, effect) in found.items():
-        largest = effect.abs().argmax(0).tolist() if active else []
-        texts = [f"z{active[d]} {effect[d, k]:+.1f}" for k, d in enumerate(largest)]
-        print(f"{beta:<7g}" + "".join(f"{text:>11}" for text in texts))
-    print("->", *paths, f"{stem.stem}-tradeoff.png, -traversals.png, -attributes.png", sep="\n")
+        torch.manual_seed(args.seed)                    # the same start for every beta
+        model = BetaVAE(args.latent_dim).to(device)
+        start = time.time()
+        train(model, dataset.train_images, dataset.val_images,
+              args.epochs, args.batch_size, args.lr, beta)
+        torch.manual_seed(args.seed)                    # evaluate.py repeats exactly this test
+        metrics = test(model, dataset.test_images)
+        metrics["seconds"] = time.time() - start
+        start = f"beta_vae-beta{beta:g}-{dataset.source}-seed{args.seed}"
+        paths.append(args.out / f"{data.run_name(start, parser, args)}.pt")
+        data.save_checkpoint(paths[-1], script="beta_vae", config=data.settings(args), beta=beta,
+                             source=dataset.source, seed=args.seed, device=str(device),
+                             metrics=metrics, state_dict=model.state_dict())
+        metrics["excess"] = metrics["recon"] - dataset.floor["test"]
+        print(f"test ({dataset.source}), beta {beta:g}: recon {metrics['recon']:.2f},"
+              f" {metrics['excess']:.2f} above the floor, KL {metrics['kl']:.2f}, total"
+              f" {metrics['total']:.2f} nats per image, {metrics['seconds']:.0f} s")
+        print(f"-> {paths[-1]}")
+        trained[beta] = model.cpu(), metrics
+    if args.train_only:
+        return paths
+
+    print(f"test ({dataset.source}), nats per image at beta = 1\n"
+          "beta       recon      KL   total  active     gap    null  beaten")
+    sweep = {}
+    for beta, (model, metrics) in trained.items():
+        found = analyse(model, dataset.test_images)
+        sweep[beta] = model, found, metrics
+        print(f"{beta:<8g}{metrics['recon']:8.2f}{metrics['kl']:8.2f}{metrics['total']:8.2f}"
+              f"{found.active:8.0f}{found.gap:8.3f}{found.null:8.3f}{found.beaten:8.0%}")
+    name = data.run_name(f"beta_vae-{dataset.source}-seed{args.seed}", parser, args)
+    if args.betas != BETAS:
+        name += "-betas" + "-".join(f"{beta:g}" for beta in args.betas)
+    draw_comparison(sweep, dataset.test_images[:1], args.out / name)
     return paths
 
 

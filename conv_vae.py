@@ -1,33 +1,33 @@
 """Section 3: a convolutional VAE, with KL warm-up and a larger latent space.
 
-The baseline of section 2 treats an image as 784 unrelated numbers. Here it is cut into 7 x 7
-patches of 4 x 4 pixels, and convolutions look at each patch and its neighbours; in the decoder a
-residual block (He et al. 2016, arXiv:1603.05027) looks again. z grows from 20 to 32 dimensions.
-The KL is also warmed up (Bowman et al. 2016, arXiv:1511.06349, section 3.1; Sonderby et al. 2016,
-arXiv:1602.02282): its weight w grows from 0 to 1,
+The VAE of section 2 treats an image as 784 unrelated numbers. Here an image is cut into 7 x 7
+patches of 4 x 4 pixels, and convolutions look at each patch together with its neighbours; in the
+decoder a residual block (He et al. 2016, arXiv:1603.05027) looks once more. z has 32 dimensions
+instead of 20. And the KL is warmed up (Bowman et al. 2016, arXiv:1511.06349, section 3.1; linearly,
+as in Sonderby et al. 2016, arXiv:1602.02282): its weight w grows from 0 to 1,
 
     loss  =  recon  +  w(step) * KL,        w(step) = min(1, step / warm-up steps)
 
 so that z learns to carry something before it has to pay for it. Evaluation always uses w = 1.
 
-    python conv_vae.py
+    python conv_vae.py                  # five minutes on two CPU cores
 
-Expect (full data, seed 0): about 5 min on 2 CPU cores; on the test images recon
-222.65 (32.79 above the floor), KL 13.32, total 235.97: 2.0 nats below the MLP of section 2.
-Implementation details, and what they gain on validation after 9 epochs (single runs, seed 0):
-  beta2 = 0.99 in Adam instead of 0.999: 235.27 instead of 235.80 nats
-  the decoder's residual block: 235.58 without; its second dense layer: 235.42, FID 1.80, not 1.36
-Try: --warmup-epochs 0; --epochs 60 --latent-dim 20 --weight-decay 0.1 (README, section 3).
+You should see (full data, seed 0) a test total of about 235.97 nats, 2.0 below that of section 2:
+recon 222.65, which is 32.79 above the entropy floor, and KL 13.32. `diff vae.py conv_vae.py` shows
+what is new.
+What each part gains on validation after 9 epochs (one run, seed 0; the script as it is: 235.27):
+  Adam's beta2 = 0.99 instead of 0.999: 235.80 without it
+  the residual block of the decoder: 235.58 without it
+  the second dense layer of the decoder: 235.42 without it, and the FID is 1.80 instead of 1.36
+Try: --warmup-epochs 0. Or, with more patience, --epochs 60 --latent-dim 20 --weight-decay 0.1.
 Left out on purpose: normalisation layers, a deeper residual stack, free bits, any other loss.
 """
-import contextlib
+import math
 import time
 
 import torch
-from matplotlib.figure import Figure
 
-from data import (CLASSES, Parser, UserError, command, describe, image_grid, load, pick_device,
-                  read_checkpoint, run_path, save_checkpoint, write_atomically)
+import data
 
 # ---------------------------------------------------------------- the model
 
@@ -104,174 +104,165 @@ def elbo_terms(logits, x, mu, logvar):
 
 def kl_weight(step, warmup_steps):
     """w(step): from 0 to 1 over the warm-up steps, then 1. step counts optimizer steps from 0."""
-    return min(1.0, step / warmup_steps) if warmup_steps else 1.0
+    return min(1.0, step / warmup_steps) if warmup_steps > 0 else 1.0
 
 
-def mixed_precision(device):
-    """A context: bfloat16 where the hardware has it; elsewhere it is emulated and slow, so not."""
-    fast = device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
-    if device.type == "cpu" and hasattr(torch.cpu, "_is_avx512_bf16_supported"):
-        fast = torch.cpu._is_avx512_bf16_supported()
-    return torch.autocast(device.type, torch.bfloat16) if fast else contextlib.nullcontext()
+def train(model, train_images, val_images, epochs, batch_size, lr, warmup_epochs=2,
+          weight_decay=0.0, bf16=False):
+    """Minimise recon + w KL on train_images (N, 1, 28, 28) in [0, 1]; one dict an epoch.
 
-
-def train(model, data, epochs, batch_size, lr, device, warmup_epochs, weight_decay=0.0):
-    """AdamW (without weight decay: Adam) and OneCycle: the learning rate rises to `lr` for 30 % of
-    the steps, then falls to 0 (and beta1 goes from 0.95 to 0.85 and back). One dict an epoch."""
-    x_train, x_val = data.train_images.to(device), data.val_images.to(device)
+    AdamW (without weight decay the same as Adam) with OneCycle: the learning rate rises to `lr` for
+    30 % of the steps, then falls to 0, and Adam's beta1 goes from 0.95 to 0.85 and back. The
+    warm-up lasts at most as long as the training. bf16 computes the network in bfloat16.
+    FloatingPointError if the loss is not finite."""
+    if not 0 <= train_images.min() <= train_images.max() <= 1:
+        raise ValueError("pixels must lie in [0, 1], since the loss is a binary cross-entropy")
+    device = next(model.parameters()).device
+    train_images, val_images = train_images.to(device), val_images.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), fused=True,
                                   weight_decay=weight_decay)
-    steps = -(-len(x_train) // batch_size)              # rounded up: the last batch is smaller
+    steps = math.ceil(len(train_images) / batch_size)   # in one epoch
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * steps)
-    warmup_steps = round(warmup_epochs * steps)
-    steps_taken, history, start = 0, [], time.time()
+    warmup_steps = round(min(warmup_epochs, epochs) * steps)
+    steps_taken = 0                                     # by the optimizer, in all epochs
+    history, start = [], time.time()
     for epoch in range(1, epochs + 1):
         model.train()
-        sums, weights = torch.zeros(2), []              # recon and KL of the whole epoch
-        for step, batch in enumerate(torch.randperm(len(x_train)).split(batch_size), 1):
-            x = x_train[batch.to(device)]               # (B, 1, 28, 28)
-            with mixed_precision(device):
+        recon_sum, kl_sum = 0.0, 0.0                    # over all images of the epoch
+        for step, batch in enumerate(torch.randperm(len(train_images)).split(batch_size), 1):
+            x = train_images[batch.to(device)]          # (B, 1, 28, 28)
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 logits, mu, logvar = model(x)
             recon, kl = elbo_terms(logits.float(), x, mu.float(), logvar.float())
-            weight = kl_weight(steps_taken, warmup_steps)
-            weights.append(weight)
-            loss = (recon + weight * kl).mean()
+            w = kl_weight(steps_taken, warmup_steps)
+            loss = (recon + w * kl).mean()
             if not torch.isfinite(loss):
-                raise UserError(f"loss is {loss.item()} in epoch {epoch}, step {step}: lower --lr")
+                raise FloatingPointError(f"the loss is {loss.item()} in epoch {epoch}, step {step}:"
+                                         " choose a lower learning rate (--lr)")
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-            steps_taken += 1                            # training steps only, never validation
-            sums += torch.stack([recon.sum(), kl.sum()]).detach().cpu()
-        recon, kl = (sums / len(x_train)).tolist()
-        val = test(model, x_val)
-        seconds = time.time() - start
+            steps_taken += 1
+            recon_sum += recon.sum().item()
+            kl_sum += kl.sum().item()
+        recon, kl = recon_sum / len(train_images), kl_sum / len(train_images)
+        val = test(model, val_images)
         history.append({"recon": recon, "kl": kl, "val_recon": val["recon"], "val_kl": val["kl"],
-                        "weights": weights})
-        print(f"epoch {epoch:3}/{epochs}  KL weight {weights[0]:.2f} to {weights[-1]:.2f}  "
-              f"{describe('train', recon, kl, data.floor)}  "
-              f"{describe('val', val['recon'], val['kl'], data.floor)}  "
+                        "kl_weight": w})
+        seconds = time.time() - start
+        print(f"epoch {epoch:3}/{epochs}  KL weight {w:.2f}  "
+              f"train: recon {recon:.2f} KL {kl:.2f} total {recon + kl:.2f}  "
+              f"val: recon {val['recon']:.2f} KL {val['kl']:.2f} total {val['total']:.2f}  "
               f"{seconds:.0f} s, {seconds / epoch * (epochs - epoch):.0f} s left", flush=True)
     return history
 
 
 @torch.no_grad()
 def test(model, images, batch_size=1000):
-    """Mean recon, kl, total of images (N, 1, 28, 28): one posterior sample each, KL unweighted."""
+    """Mean recon, kl and total of images (N, 1, 28, 28): one posterior sample each, full KL."""
     model.eval()
-    sums = torch.zeros(2)
+    device = next(model.parameters()).device
+    recon_sum, kl_sum = 0.0, 0.0
     for x in images.split(batch_size):
+        x = x.to(device)                                # (B, 1, 28, 28)
         logits, mu, logvar = model(x)
         recon, kl = elbo_terms(logits, x, mu, logvar)
-        sums += torch.stack([recon.sum(), kl.sum()]).cpu()
-    recon, kl = (sums / len(images)).tolist()
+        recon_sum += recon.sum().item()
+        kl_sum += kl.sum().item()
+    recon, kl = recon_sum / len(images), kl_sum / len(images)
     return {"recon": recon, "kl": kl, "total": recon + kl}
 
 
 # ---------------------------------------------------------------- the pictures
 
 @torch.no_grad()
-def show(model, data, device):
-    """One test image of each class and its reconstruction, (10, 28, 28); 80 prior samples."""
-    model.eval()
-    first = [int((data.test_labels == c).nonzero()[0]) for c in range(len(CLASSES))]
-    x = data.test_images[first].to(device)              # (10, 1, 28, 28)
+def draw_pictures(model, dataset, history, stem):
+    """One test image of each class and its reconstruction, samples from the prior, the curves."""
+    device = next(model.parameters()).device
+    first, names = data.one_of_each_class(dataset.test_labels)
+    x = dataset.test_images[first].to(device)           # (10, 1, 28, 28)
     logits, _, _ = model(x)
+    data.image_grid(torch.stack([x[:, 0], logits[:, 0].sigmoid()]),
+                    f"{stem}-reconstructions.png", "Test images and their reconstructions",
+                    ("original", "decoded z"), names)
     z = torch.randn(80, model.latent_dim, device=device)
-    return {"original": x[:, 0].cpu(), "reconstruction": logits[:, 0].sigmoid().cpu(),
-            "sample": model.decode(z)[:, 0].sigmoid().cpu()}
-
-
-def pictures(shown, history, path):
-    """Reconstructions, samples from the prior, curves: PNGs beside the checkpoint."""
-    image_grid(torch.stack([shown["original"], shown["reconstruction"]]),
-               path.with_name(f"{path.stem}-reconstructions.png"),
-               "Test images and their reconstructions", ("original", "decoded z"), CLASSES)
-    image_grid(shown["sample"].view(8, 10, 28, 28),
-               path.with_name(f"{path.stem}-samples.png"), "Decoded draws from the prior N(0, I)")
-    plot_curves(history, path.with_name(f"{path.stem}-curves.png"))
-
-
-def plot_curves(history, path):
-    """Recon and KL against epochs, train and validation."""
-    figure = Figure(figsize=(8, 3.2), dpi=120, layout="constrained")
-    epochs = range(1, len(history) + 1)
-    titles = {"recon": "recon, what z does not tell", "kl": "KL, what z tells"}
-    for i, (name, title) in enumerate(titles.items(), 1):
-        axes = figure.add_subplot(1, 2, i, xlabel="epoch", ylabel="nats per image",
-                                  title=f"{title}: {history[-1][f'val_{name}']:.1f}")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.plot(epochs, [h[name] for h in history], "o-", ms=3, label=f"train {name}")
-        axes.plot(epochs, [h[f"val_{name}"] for h in history], "s--", ms=3, label=f"val {name}")
-        axes.legend()
-    write_atomically(path, figure.savefig)
+    data.image_grid(model.decode(z).sigmoid().view(8, 10, 28, 28), f"{stem}-samples.png",
+                    "Decoded draws from the prior N(0, I)")
+    data.plot_curves(history, f"{stem}-curves.png")
 
 
 # ---------------------------------------------------------------- the section
 
-def compare(metrics, shown, path, baseline):
-    """Numbers and pictures of section 2, where it was run before, beside these."""
-    mlp = read_checkpoint(baseline, script="vae") if baseline.exists() else {}
-    if "shown" not in mlp:
-        print(f"(to compare with the baseline, run vae.py too: {baseline} is not there, or older)")
-        return
-    for name in ("recon", "kl", "total"):
-        print(f"{name:>5}: MLP {mlp['metrics'][name]:.2f}, conv {metrics[name]:.2f}")
-    grid = [shown["original"], mlp["shown"]["reconstruction"], shown["reconstruction"],
-            mlp["shown"]["sample"][:10], shown["sample"][:10]]
-    image_grid(torch.stack(grid), path.with_name(f"{path.stem}-beside-mlp.png"),
-               f"Test total: MLP {mlp['metrics']['total']:.1f}, conv {metrics['total']:.1f} nats",
-               ("original", "MLP", "conv", "MLP sample", "conv sample"))
+def arguments():
+    """The flags of this script, with their defaults."""
+    parser = data.Parser(__doc__)
+    parser.add_argument("--epochs", type=int, default=19, help="passes over the images")
+    parser.add_argument("--batch-size", type=int, default=128, help="images in one step")
+    parser.add_argument("--lr", type=float, default=2.5e-3, help="peak learning rate")
+    parser.add_argument("--latent-dim", type=int, default=32, help="dimensions of z")
+    parser.add_argument("--warmup-epochs", type=float, default=2.0,
+                        help="epochs over which the KL weight grows from 0 to 1")
+    parser.add_argument("--weight-decay", type=float, default=0.0, help="of AdamW, for long runs")
+    parser.add_argument("--seed", type=int, default=0, help="of all random numbers")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    parser.add_argument("--bf16", choices=("auto", "on", "off"), default="auto",
+                        help="train in bfloat16; auto: where the hardware is fast at it")
+    return parser
 
 
 def load_model(path, device="cpu"):
-    """(trained model in eval mode, meta) from a checkpoint; UserError where it does not fit."""
-    meta = read_checkpoint(path, lambda config: ConvVAE(config["latent_dim"]), script="conv_vae")
-    return meta["model"].to(device), meta
+    """(trained model in eval mode, what else its checkpoint holds); UserError if it is unusable."""
+    meta = data.read_checkpoint(path, "conv_vae")
+    model = ConvVAE(meta["config"]["latent_dim"])
+    return data.load_weights(model, meta, path).to(device), meta
 
 
-@command
-def main(argv=None):
-    parser = Parser(__doc__)
-    parser.training(epochs=19, lr=2.5e-3, latent_dim=32)
-    parser.number("--warmup-epochs", float, 0, 10_000, None, "epochs over which the KL weight grows"
-                  " from 0 to 1 (2.0, or --epochs where that is less)")
-    parser.number("--weight-decay", float, 0, 10, 0.0, "of the weights, for long runs (0)")
+def print_baseline(path):
+    """The test of section 2's VAE, where it was trained with the same data and seed."""
+    if path.exists():
+        mlp = data.read_checkpoint(path, "vae")["metrics"]
+        print(f"the MLP VAE in {path}: recon {mlp['recon']:.2f}, KL {mlp['kl']:.2f}, total"
+              f" {mlp['total']:.2f}")
+    else:
+        print(f"(python vae.py makes {path}; its numbers would stand here)")
+
+
+@data.command
+def main(argv=None, dataset=None):
+    """Train, test, save, draw; returns [path of the checkpoint]. dataset: what data.load() gave."""
+    parser = arguments()
     args = parser.parse_args(argv)
+    data.check_flags(args)
+    device = data.pick_device(args.device)
+    bf16 = data.pick_bf16(args.bf16, device)
+    dataset = dataset or data.load(args.data)
 
-    if args.warmup_epochs is None:
-        args.warmup_epochs = min(2.0, args.epochs)
-        parser.set_defaults(warmup_epochs=args.warmup_epochs)   # still a default, no trial
-    if args.warmup_epochs > args.epochs:
-        raise UserError(f"--warmup-epochs {args.warmup_epochs} is more than --epochs {args.epochs}:"
-                        " lower it, or the KL never weighs in full")
-    device = pick_device(args.device)
-    data = load(args.data)
     torch.manual_seed(args.seed)
     model = ConvVAE(args.latent_dim).to(device)
     print(*(f"{name}={value}" for name, value in vars(args).items()))
-    print(f"device {device}, {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
-    path, config = run_path(parser, args, "conv_vae", data.source, "latent_dim", "warmup_epochs",
-                            "weight_decay")
-    if args.reuse and path.exists():
-        read_checkpoint(path, config=config, source=data.source, seed=args.seed)
-        print(f"{path} is there: nothing to train")
-        return [path]
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"device {device}, bfloat16 {bf16}, {parameters:,} parameters", flush=True)
     start = time.time()
-    history = train(model, data, args.epochs, args.batch_size, args.lr, device, args.warmup_epochs,
-                    args.weight_decay)
+    history = train(model, dataset.train_images, dataset.val_images,
+                    args.epochs, args.batch_size, args.lr, args.warmup_epochs, args.weight_decay,
+                    bf16)
     torch.manual_seed(args.seed)                        # evaluate.py repeats exactly this test
-    metrics = test(model, data.test_images.to(device)) | {"seconds": time.time() - start}
-    shown = show(model, data, device)
-    save_checkpoint(path, script="conv_vae", config=config, source=data.source, seed=args.seed,
-                    device=str(device), metrics=metrics, state_dict=model.state_dict(),
-                    shown=shown)
-    pictures(shown, history, path)
-    print(f"{describe('test', metrics['recon'], metrics['kl'], data.floor)} nats per image"
-          f" ({data.source}), {metrics['seconds']:.0f} s")
-    compare(metrics, shown, path, args.out / f"vae-{data.source}-seed{args.seed}.pt")
-    print(f"-> {path} and beside it -reconstructions.png, -samples.png, -curves.png")
+    metrics = test(model, dataset.test_images)
+    metrics["seconds"] = time.time() - start
+
+    name = data.run_name(f"conv_vae-{dataset.source}-seed{args.seed}", parser, args)
+    path = args.out / f"{name}.pt"
+    data.save_checkpoint(path, script="conv_vae", config=data.settings(args), source=dataset.source,
+                         seed=args.seed, device=str(device), bf16=bf16, metrics=metrics,
+                         state_dict=model.state_dict())
+    draw_pictures(model, dataset, history, args.out / name)
+    excess = metrics["recon"] - dataset.floor["test"]
+    print(f"test ({dataset.source}): recon {metrics['recon']:.2f}, {excess:.2f} above the floor, KL"
+          f" {metrics['kl']:.2f}, total {metrics['total']:.2f} nats per image,"
+          f" {metrics['seconds']:.0f} s")
+    print_baseline(args.out / f"vae-{dataset.source}-seed{args.seed}.pt")
+    print(f"-> {path} and the pictures {name}-*.png")
     return [path]
 
 

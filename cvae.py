@@ -1,32 +1,32 @@
-"""Section 5: the conditional VAE: ask for a class, and z is left mostly with the style.
+"""Section 5: the conditional VAE (CVAE): ask for a class, and z is left with the style.
 
 Encoder and decoder are both told the label y (Kingma et al. 2014, arXiv:1406.5298, model M2; Sohn
-et al. 2015, NeurIPS, eq. 4: their x is our y, their prior is learned). Section 2's loss, given y:
+et al. 2015, NeurIPS, eq. 4: their x is our y, and their prior is learned). The loss is that of
+section 2, with everything given y:
 
-    loss  =  E_q(z | x, y) [ -log p(x | z, y) ]  +  KL( q(z | x, y) || N(0, I) )
+    loss  =  E_q(z | x, y)[ -log p(x | z, y) ]  +  KL( q(z | x, y) || N(0, I) )
 
-The encoder sees y as ten constant planes beside the patches of the image, the decoder as a one-hot
-vector beside z. As y is known, z need not spell it out: same z, other y: same style, other class.
-The total bounds -log p(x | y), not -log p(x): beside a VAE, add log 10 = 2.30 nats for the label.
+The encoder sees y as ten constant planes beside the patches of the image, one of them 1 and the
+others 0; the decoder sees it as a one-hot vector beside z. As y is known, z need not tell the class
+again. So the same z with another y is the same style in another class.
+The total bounds -log p(x | y), not -log p(x). To compare it with that of a VAE, add log 10 = 2.30
+nats, the price of the label: -log p(x) <= -log p(x | y) + log 10.
 
-    python cvae.py
+    python cvae.py                      # five minutes on two CPU cores
 
-Expect (full data, seed 0): about 5 min on 2 CPU cores; on the test images recon 219.50 (29.64 above
-the floor), KL 12.85, total 232.35; with log 10: 234.65, still below the VAE of section 3 (235.97).
-Try (with --out try): leave y out of the decoder: z must carry the class again.
-Left out on purpose: a learned prior p(z | y), a classifier term in the loss, guidance; also scales
-and shifts of the channels by the label (FiLM: Perez et al. 2018, arXiv:1709.07871): on validation,
-after 9 epochs of seed 0, 231.90 nats and control 83.8 % with them, 231.97 and 83.9 % without.
+You should see (full data, seed 0) a test total of about 232.35 nats: recon 219.50, which is 29.64
+above the entropy floor, and KL 12.85. With log 10 it is 234.65, still below that of section 3.
+Try (with --out try): leave y out of the decoder. Who has to tell the class then?
+Left out on purpose: a learned prior p(z | y), a classifier term in the loss, guidance. Scaling and
+shifting the channels by the label (FiLM: Perez et al. 2018, arXiv:1709.07871) did not pay: 231.90
+nats with it and 231.97 without, on validation after 9 epochs of seed 0.
 """
-import contextlib
 import math
 import time
 
 import torch
-from matplotlib.figure import Figure
 
-from data import (CLASSES, Parser, UserError, command, describe, image_grid, load, pick_device,
-                  read_checkpoint, run_path, save_checkpoint, write_atomically)
+import data
 
 # ---------------------------------------------------------------- the model
 
@@ -104,144 +104,159 @@ def elbo_terms(logits, x, mu, logvar):
 
 # ---------------------------------------------------------------- training and testing
 
-def mixed_precision(device):
-    """A context: bfloat16 where the hardware has it; elsewhere it is emulated and slow, so not."""
-    fast = device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
-    if device.type == "cpu" and hasattr(torch.cpu, "_is_avx512_bf16_supported"):
-        fast = torch.cpu._is_avx512_bf16_supported()
-    return torch.autocast(device.type, torch.bfloat16) if fast else contextlib.nullcontext()
+def train(model, train_images, train_labels, val_images, val_labels, epochs, batch_size, lr,
+          bf16=False):
+    """Minimise the negative ELBO on train_images (N, 1, 28, 28) in [0, 1] with train_labels (N,);
+    one dict an epoch.
 
-
-def train(model, data, epochs, batch_size, lr, device):
-    """Adam and OneCycle: the learning rate rises to `lr` for 30 % of the steps, then falls to 0
-    (and Adam's beta1 goes from 0.95 to 0.85 and back). Returns one dict an epoch."""
-    x_train, y_train = data.train_images.to(device), data.train_labels.to(device)
-    x_val, y_val = data.val_images.to(device), data.val_labels.to(device)
+    Adam with OneCycle: the learning rate rises to `lr` for 30 % of the steps, then falls to 0, and
+    Adam's beta1 goes from 0.95 to 0.85 and back. bf16 computes the network in bfloat16.
+    FloatingPointError if the loss is not finite."""
+    if not 0 <= train_images.min() <= train_images.max() <= 1:
+        raise ValueError("pixels must lie in [0, 1], since the loss is a binary cross-entropy")
+    device = next(model.parameters()).device
+    train_images, train_labels = train_images.to(device), train_labels.to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr, betas=(0.9, 0.99), fused=True)
-    steps = -(-len(x_train) // batch_size)              # rounded up: the last batch is smaller
+    steps = math.ceil(len(train_images) / batch_size)   # in one epoch
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * steps)
     history, start = [], time.time()
     for epoch in range(1, epochs + 1):
         model.train()
-        sums = torch.zeros(2)                           # recon and KL of the whole epoch
-        for step, batch in enumerate(torch.randperm(len(x_train)).split(batch_size), 1):
-            x, y = x_train[batch.to(device)], y_train[batch.to(device)]     # (B, 1, 28, 28), (B,)
-            with mixed_precision(device):
+        recon_sum, kl_sum = 0.0, 0.0                    # over all images of the epoch
+        for step, batch in enumerate(torch.randperm(len(train_images)).split(batch_size), 1):
+            batch = batch.to(device)
+            x, y = train_images[batch], train_labels[batch]                 # (B, 1, 28, 28), (B,)
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 logits, mu, logvar = model(x, y)
             recon, kl = elbo_terms(logits.float(), x, mu.float(), logvar.float())
             loss = (recon + kl).mean()
             if not torch.isfinite(loss):
-                raise UserError(f"loss is {loss.item()} in epoch {epoch}, step {step}: lower --lr")
+                raise FloatingPointError(f"the loss is {loss.item()} in epoch {epoch}, step {step}:"
+                                         " choose a lower learning rate (--lr)")
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-            sums += torch.stack([recon.sum(), kl.sum()]).detach().cpu()
-        recon, kl = (sums / len(x_train)).tolist()
-        val = test(model, x_val, y_val)
-        seconds = time.time() - start
+            recon_sum += recon.sum().item()
+            kl_sum += kl.sum().item()
+        recon, kl = recon_sum / len(train_images), kl_sum / len(train_images)
+        val = test(model, val_images, val_labels)
         history.append({"recon": recon, "kl": kl, "val_recon": val["recon"], "val_kl": val["kl"]})
-        print(f"epoch {epoch:3}/{epochs}  {describe('train', recon, kl, data.floor)}  "
-              f"{describe('val', val['recon'], val['kl'], data.floor)}  "
+        seconds = time.time() - start
+        print(f"epoch {epoch:3}/{epochs}  "
+              f"train: recon {recon:.2f} KL {kl:.2f} total {recon + kl:.2f}  "
+              f"val: recon {val['recon']:.2f} KL {val['kl']:.2f} total {val['total']:.2f}  "
               f"{seconds:.0f} s, {seconds / epoch * (epochs - epoch):.0f} s left", flush=True)
     return history
 
 
 @torch.no_grad()
 def test(model, images, labels, batch_size=1000):
-    """Mean recon, kl, total of images (N, 1, 28, 28): one posterior sample each, KL unweighted."""
+    """Mean recon, kl and total of images (N, 1, 28, 28): one posterior sample each, full KL."""
     model.eval()
-    sums = torch.zeros(2)
+    device = next(model.parameters()).device
+    recon_sum, kl_sum = 0.0, 0.0
     for x, y in zip(images.split(batch_size), labels.split(batch_size)):
+        x, y = x.to(device), y.to(device)               # (B, 1, 28, 28), (B,)
         logits, mu, logvar = model(x, y)
         recon, kl = elbo_terms(logits, x, mu, logvar)
-        sums += torch.stack([recon.sum(), kl.sum()]).cpu()
-    recon, kl = (sums / len(images)).tolist()
+        recon_sum += recon.sum().item()
+        kl_sum += kl.sum().item()
+    recon, kl = recon_sum / len(images), kl_sum / len(images)
     return {"recon": recon, "kl": kl, "total": recon + kl}
 
 
 # ---------------------------------------------------------------- the pictures
 
 @torch.no_grad()
-def pictures(model, data, history, path, device):
-    """Reconstructions, samples, style x class, same style in another class, curves; as PNGs."""
-    model.eval()
-    first = [int((data.test_labels == c).nonzero()[0]) for c in range(len(CLASSES))]
-    x = data.test_images[first].to(device)              # one image of each class
-    y = torch.arange(10, device=device)                 # and its label
+def draw_pictures(model, dataset, history, stem):
+    """Reconstructions, samples, the same styles in all classes, real images in all classes, and the
+    curves."""
+    device = next(model.parameters()).device
+    first, names = data.one_of_each_class(dataset.test_labels)
+    x = dataset.test_images[first].to(device)           # (10, 1, 28, 28), one image of each class
+    y = dataset.test_labels[first].to(device)           # (10,)
     logits, mu, _ = model(x, y)
-    image_grid(torch.stack([x[:, 0], logits[:, 0].sigmoid()]),
-               path.with_name(f"{path.stem}-reconstructions.png"),
-               "Test images and their reconstructions", ("original", "decoded z"), CLASSES)
+    data.image_grid(torch.stack([x[:, 0], logits[:, 0].sigmoid()]),
+                    f"{stem}-reconstructions.png", "Test images and their reconstructions",
+                    ("original", "decoded z"), names)
+
+    classes = torch.arange(10, device=device)
     z = torch.randn(80, model.latent_dim, device=device)
-    image_grid(model.decode(z, y.repeat(8)).sigmoid().view(8, 10, 28, 28),
-               path.with_name(f"{path.stem}-samples.png"),
-               "z ~ N(0, I), and the class that was asked for", columns=CLASSES)
+    samples = model.decode(z, classes.repeat(8)).sigmoid()
+    data.image_grid(samples.view(8, 10, 28, 28), f"{stem}-samples.png",
+                    "z ~ N(0, I), and the class that was asked for", columns=data.CLASSES)
     z = z[:8].repeat_interleave(10, dim=0)              # one z a row, for all ten classes
-    image_grid(model.decode(z, y.repeat(8)).sigmoid().view(8, 10, 28, 28),
-               path.with_name(f"{path.stem}-styles.png"),
-               "One style z a row, one class a column", columns=CLASSES)
-    swapped = model.decode(mu.repeat_interleave(10, dim=0), y.repeat(10)).sigmoid()
-    image_grid(torch.cat([x, swapped.view(10, 10, 28, 28)], dim=1),
-               path.with_name(f"{path.stem}-swaps.png"),
-               "Left a real image, then its style in every class", CLASSES, ("real", *CLASSES))
-    plot_curves(history, path.with_name(f"{path.stem}-curves.png"))
+    styles = model.decode(z, classes.repeat(8)).sigmoid()
+    data.image_grid(styles.view(8, 10, 28, 28), f"{stem}-styles.png",
+                    "One style z a row, one class a column", columns=data.CLASSES)
 
-
-def plot_curves(history, path):
-    """Recon and KL against epochs, train and validation."""
-    figure = Figure(figsize=(8, 3.2), dpi=120, layout="constrained")
-    epochs = range(1, len(history) + 1)
-    titles = {"recon": "recon, what z does not tell", "kl": "KL, what z tells"}
-    for i, (name, title) in enumerate(titles.items(), 1):
-        axes = figure.add_subplot(1, 2, i, xlabel="epoch", ylabel="nats per image",
-                                  title=f"{title}: {history[-1][f'val_{name}']:.1f}")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.plot(epochs, [h[name] for h in history], "o-", ms=3, label=f"train {name}")
-        axes.plot(epochs, [h[f"val_{name}"] for h in history], "s--", ms=3, label=f"val {name}")
-        axes.legend()
-    write_atomically(path, figure.savefig)
+    z = mu.repeat_interleave(10, dim=0)                 # the code of a real image a row
+    swapped = model.decode(z, classes.repeat(len(x))).sigmoid().view(len(x), 10, 28, 28)
+    data.image_grid(torch.cat([x, swapped], dim=1), f"{stem}-swaps.png",
+                    "Left a real image, then its style in every class", names,
+                    ("real", *data.CLASSES))
+    data.plot_curves(history, f"{stem}-curves.png")
 
 
 # ---------------------------------------------------------------- the section
 
+def arguments():
+    """The flags of this script, with their defaults."""
+    parser = data.Parser(__doc__)
+    parser.add_argument("--epochs", type=int, default=20, help="passes over the images")
+    parser.add_argument("--batch-size", type=int, default=128, help="images in one step")
+    parser.add_argument("--lr", type=float, default=2.5e-3, help="peak learning rate")
+    parser.add_argument("--latent-dim", type=int, default=20, help="dimensions of z")
+    parser.add_argument("--seed", type=int, default=0, help="of all random numbers")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    parser.add_argument("--bf16", choices=("auto", "on", "off"), default="auto",
+                        help="train in bfloat16; auto: where the hardware is fast at it")
+    return parser
+
+
 def load_model(path, device="cpu"):
-    """(trained model in eval mode, meta) from a checkpoint; UserError where it does not fit."""
-    meta = read_checkpoint(path, lambda config: CVAE(config["latent_dim"]), script="cvae")
-    return meta["model"].to(device), meta
+    """(trained model in eval mode, what else its checkpoint holds); UserError if it is unusable."""
+    meta = data.read_checkpoint(path, "cvae")
+    model = CVAE(meta["config"]["latent_dim"])
+    return data.load_weights(model, meta, path).to(device), meta
 
 
-@command
-def main(argv=None):
-    parser = Parser(__doc__)
-    parser.training(epochs=20, lr=2.5e-3, latent_dim=20)
+@data.command
+def main(argv=None, dataset=None):
+    """Train, test, save, draw; returns [path of the checkpoint]. dataset: what data.load() gave."""
+    parser = arguments()
     args = parser.parse_args(argv)
+    data.check_flags(args)
+    device = data.pick_device(args.device)
+    bf16 = data.pick_bf16(args.bf16, device)
+    dataset = dataset or data.load(args.data)
 
-    device = pick_device(args.device)
-    data = load(args.data)
     torch.manual_seed(args.seed)
     model = CVAE(args.latent_dim).to(device)
     print(*(f"{name}={value}" for name, value in vars(args).items()))
-    print(f"device {device}, {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
-    path, config = run_path(parser, args, "cvae", data.source, "latent_dim")
-    if args.reuse and path.exists():
-        read_checkpoint(path, config=config, source=data.source, seed=args.seed)
-        print(f"{path} is there: nothing to train")
-        return [path]
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"device {device}, bfloat16 {bf16}, {parameters:,} parameters", flush=True)
     start = time.time()
-    history = train(model, data, args.epochs, args.batch_size, args.lr, device)
+    history = train(model, dataset.train_images, dataset.train_labels,
+                    dataset.val_images, dataset.val_labels,
+                    args.epochs, args.batch_size, args.lr, bf16)
     torch.manual_seed(args.seed)                        # evaluate.py repeats exactly this test
-    metrics = test(model, data.test_images.to(device), data.test_labels.to(device))
+    metrics = test(model, dataset.test_images, dataset.test_labels)
     metrics["seconds"] = time.time() - start
-    save_checkpoint(path, script="cvae", config=config, source=data.source, seed=args.seed,
-                    device=str(device), metrics=metrics, state_dict=model.state_dict())
-    pictures(model, data, history, path, device)
-    print(f"{describe('test', metrics['recon'], metrics['kl'], data.floor)} nats per image"
-          f" ({data.source}), {metrics['seconds']:.0f} s")
-    print(f"beside a VAE: total + log 10 = {metrics['total'] + math.log(10):.2f}, since"
-          " -log p(x) <= -log p(x | y) + log 10")
-    print(f"-> {path} and beside it -reconstructions.png, -samples.png, -styles.png, -swaps.png,"
-          " -curves.png")
+
+    name = data.run_name(f"cvae-{dataset.source}-seed{args.seed}", parser, args)
+    path = args.out / f"{name}.pt"
+    data.save_checkpoint(path, script="cvae", config=data.settings(args), source=dataset.source,
+                         seed=args.seed, device=str(device), bf16=bf16, metrics=metrics,
+                         state_dict=model.state_dict())
+    draw_pictures(model, dataset, history, args.out / name)
+    excess = metrics["recon"] - dataset.floor["test"]
+    print(f"test ({dataset.source}): recon {metrics['recon']:.2f}, {excess:.2f} above the floor, KL"
+          f" {metrics['kl']:.2f}, total {metrics['total']:.2f} nats per image,"
+          f" {metrics['seconds']:.0f} s")
+    print(f"total + log 10 = {metrics['total'] + math.log(10):.2f}, to compare with a VAE")
+    print(f"-> {path} and the pictures {name}-*.png")
     return [path]
 
 

@@ -1,24 +1,27 @@
 """Section 1: Fashion-MNIST, looked at before anything is trained on it.
 
-Fashion-MNIST (Xiao, Rasul & Vollgraf 2017, arXiv:1708.07747) is 70,000 images of clothes, 28 x 28
-grey pixels, ten classes. Pixels stay in [0, 1], never standardised: the loss of every VAE here is
-a binary cross-entropy, which needs targets in [0, 1]:
+Fashion-MNIST (Xiao, Rasul & Vollgraf 2017, arXiv:1708.07747) is 70,000 images of clothes, each of
+28 x 28 grey pixels and one of ten classes. We keep the pixels in [0, 1] and never standardise them,
+because the loss of every VAE here is a binary cross-entropy, which needs targets in [0, 1]:
 
     BCE(x, p) = - sum_i [ x_i log p_i + (1 - x_i) log(1 - p_i) ]          nats per image
 
-For grey pixels even the perfect prediction p = x costs more than 0: the pixel entropy BCE(x, x).
-That is the *entropy floor*; the other scripts print how far above it they are.
+For grey pixels even the perfect prediction p = x costs more than 0: it costs the pixel entropy,
+BCE(x, x). We call its mean over the images the entropy floor. The other scripts print how far above
+the floor their reconstructions are.
 
-    python data.py            # seconds; writes two figures to runs/
+    python data.py            # takes seconds and writes two figures to runs/
 
-Expect: 55,000 / 5,000 / 10,000 images, all classes equally often, half of all pixels exactly 0.
-Try: the floor of `images.round()`. Left out: a DataLoader, since all images fit into memory.
+You should see 55,000 / 5,000 / 10,000 images for training, validation and test, all ten classes
+equally often, and half of all pixels exactly 0. Try: what is the floor of `images.round()`?
 """
 import argparse
 import gzip
 import hashlib
+import io
 import os
 import sys
+import time
 import urllib.request
 from collections import namedtuple
 from pathlib import Path
@@ -43,14 +46,15 @@ MIRRORS = (
 )
 FOLDERS = (Path("fashion-mnist"), Path("/usr/share/datasets/fashion-mnist"))  # ours, Debian's
 SAMPLE = Path(__file__).resolve().parent / "assets" / "fashion-mnist-sample.npz"
-SPLITS = ("train", "val", "test")
-# images float32 (N, 1, 28, 28) in [0, 1]; labels int64 (N,); floor: mean pixel entropy by split
+
+# images: float32 (N, 1, 28, 28) in [0, 1]; labels: int64 (N,); source: "full" or "sample";
+# floor: {"train": the mean pixel entropy in nats, "val": ..., "test": ...}
 FashionMNIST = namedtuple("FashionMNIST", "train_images train_labels val_images val_labels "
                           "test_images test_labels source floor")
 
 
 class UserError(ValueError):
-    """A mistake that one line explains; on the command line it needs no traceback."""
+    """A mistake that one line explains. On the command line it ends the program with code 2."""
 
 
 def pixel_entropy(images):
@@ -60,9 +64,10 @@ def pixel_entropy(images):
 
 
 def unpack(raw, name, where):
-    """Bytes of a .gz file -> array; UserError unless the decompressed bytes have our checksum."""
+    """The bytes of a file, zipped or not, as an array; UserError unless they are those of name."""
     try:
-        raw = gzip.decompress(raw)
+        if raw.startswith(b"\x1f\x8b"):                 # so starts every gzip file
+            raw = gzip.decompress(raw)
         if hashlib.sha256(raw).hexdigest() != FILES[name]:
             raise ValueError("wrong checksum")
     except Exception as error:  # OSError, EOFError or zlib.error: damaged all the same
@@ -74,7 +79,8 @@ def unpack(raw, name, where):
 
 def download(name, folder):
     """Fetch one file from the first mirror that gives the right bytes; OSError if none does."""
-    for url in (f"{mirror}{name}.gz" for mirror in MIRRORS):
+    for mirror in MIRRORS:
+        url = f"{mirror}{name}.gz"
         try:
             with urllib.request.urlopen(url, timeout=10) as reply:
                 print(f"{url}: {reply.length or '?'} bytes to come", file=sys.stderr)
@@ -83,31 +89,44 @@ def download(name, folder):
         except Exception as error:  # whatever a network can do means the same: the next mirror
             print(f"no luck with {url}: {error}", file=sys.stderr)
         else:
-            return write_atomically(folder / f"{name}.gz", lambda file: file.write(raw))
+            return write_file(folder / f"{name}.gz", raw)
     raise OSError(f"no mirror could give {name}.gz")
 
 
-def split_indices(labels):
-    """Stratified split with a fixed seed: (train, val) indices, 500 of each class in val."""
-    rng = np.random.RandomState(0)  # its stream is frozen: the same split in every numpy version
-    val = [rng.permutation(np.flatnonzero(labels == c))[:500] for c in range(len(CLASSES))]
-    return np.setdiff1d(np.arange(len(labels)), val), np.sort(np.concatenate(val))
+def find_file(folder, name):
+    """The path of a file in a folder, zipped or unzipped; None if neither is there."""
+    paths = [folder / f"{name}.gz", folder / name]
+    return next((path for path in paths if path.exists()), None)
 
 
 def read_full():
-    """Six uint8 arrays from $FASHION_MNIST_DIR, a complete folder of FOLDERS, or a download."""
-    complete = (f for f in FOLDERS if all((f / f"{name}.gz").exists() for name in FILES))
-    folder = Path(os.environ.get("FASHION_MNIST_DIR") or next(complete, FOLDERS[0]))
-    paths = {name: folder / f"{name}.gz" for name in FILES}
-    for name, path in paths.items():
-        if folder == FOLDERS[0] and not path.exists():
+    """Six uint8 arrays, from $FASHION_MNIST_DIR if that is set, else from the first of FOLDERS that
+    holds all files, else downloaded into ./fashion-mnist; OSError if that cannot be."""
+    own = os.environ.get("FASHION_MNIST_DIR")
+    folders = [Path(own).expanduser()] if own else FOLDERS
+    complete = [folder for folder in folders if all(find_file(folder, name) for name in FILES)]
+    folder, arrays = (complete or folders)[0], []
+    for name in FILES:
+        if find_file(folder, name) is None:
+            if own and any(find_file(folder, other) for other in FILES):
+                raise UserError(f"{folder / name}.gz: not there; put all four files into that"
+                                " folder, or name an empty folder to download them into")
             download(name, folder)
-    try:
-        x, y, x_test, y_test = (unpack(p.read_bytes(), name, p) for name, p in paths.items())
-    except OSError as error:
-        raise UserError(f"{error.filename}: {error.strerror}; put a readable file there")
+        path = find_file(folder, name)
+        try:
+            arrays.append(unpack(path.read_bytes(), name, path))
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}; put a readable file there")
+    x, y, x_test, y_test = arrays
     train, val = split_indices(y)
-    return x[train], y[train], x[val], y[val], x_test, y_test
+    return [x[train], y[train], x[val], y[val], x_test, y_test]
+
+
+def split_indices(labels):
+    """Stratified split with a fixed seed: (train, val) indices, 500 images of each class in val."""
+    rng = np.random.RandomState(0)  # its stream is frozen: the same split in every numpy version
+    val = [rng.permutation(np.flatnonzero(labels == c))[:500] for c in range(len(CLASSES))]
+    return np.setdiff1d(np.arange(len(labels)), val), np.sort(np.concatenate(val))
 
 
 def read_sample():
@@ -120,180 +139,260 @@ def read_sample():
 
 
 def load(source="auto"):
-    """The data set. source: "full", "sample", or "auto": the sample only if nothing else is had.
-    A file that is there but wrong is a UserError."""
+    """The data set as a FashionMNIST. source: "full", "sample", or "auto": the full data set, and
+    the sample only if the full one cannot be had. A file that is there but wrong is a UserError."""
     try:
         used, arrays = ("sample", read_sample()) if source == "sample" else ("full", read_full())
     except OSError as error:
         if source == "full":
             raise UserError(f"{error}: connect to the network, or set FASHION_MNIST_DIR")
-        used, arrays = "sample", read_sample()
         print("!" * 80, "!! NO DATA SET, NO NETWORK: using the embedded SAMPLE (8,000 images)",
               "!" * 80, sep="\n", file=sys.stderr)
-    # / 255 and nothing else: the loss needs pixels in [0, 1]
-    tensors = [torch.from_numpy(a[:, None] / np.float32(255)) if a.ndim == 3
-               else torch.from_numpy(a.astype(np.int64)) for a in arrays]
-    floor = {}
-    for split, images in zip(SPLITS, tensors[::2]):
+        used, arrays = "sample", read_sample()
+    tensors, floor = [], {}
+    for i, split in enumerate(("train", "val", "test")):
+        images, labels = arrays[2 * i], arrays[2 * i + 1]
+        # / 255 and nothing else: the loss needs pixels in [0, 1]
+        images = torch.from_numpy(images[:, None] / np.float32(255))        # (N, 1, 28, 28)
+        labels = torch.from_numpy(labels.astype(np.int64))                  # (N,)
+        tensors += [images, labels]
         floor[split] = pixel_entropy(images).mean().item()
         print(f"data {used} {split}: {len(images):,} images, entropy floor {floor[split]:.2f} nats")
     return FashionMNIST(*tensors, used, floor)
 
 
-# ---------------------------------------------------------------- plumbing: not the lesson
-
-def fail(message, code=2):
-    """End the program with one line."""
-    print(f"error: {message}".replace("\n", " "), file=sys.stderr)
-    sys.exit(code)
-
+# ================================================================ helpers that are not the lesson
 
 def command(main):
     """Decorate main(argv): a user's mistake ends in one line with exit code 2, Ctrl-C with 130."""
-    def wrapped(argv=None):
+    def fail(message, code):
+        print(f"error: {message}".replace("\n", " "), file=sys.stderr)
+        sys.exit(code)
+
+    def wrapped(argv=None, *more):
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="replace")    # not every console can print every letter
         try:
-            return main(argv)
-        except UserError as error:
-            fail(error)
+            if isinstance(argv, str):
+                raise UserError('main() takes a list of words, such as main(["--epochs", "3"])')
+            return main(argv, *more)
+        except (UserError, FloatingPointError) as error:
+            fail(error, 2)
         except KeyboardInterrupt:
-            fail("interrupted; what was finished before is kept, nothing is half-written", 130)
+            fail("interrupted: what was being computed is lost, files written before are kept", 130)
+        except BrokenPipeError:                         # as in `python vae.py | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
     return wrapped
 
 
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """--help shows the lesson at the top of a script as it is, and the default of every flag."""
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors, the flags --data and --out, and numbers within bounds."""
+    """argparse, except that a mistake is one line. Each script has the flags --data and --out."""
 
     def __init__(self, doc):
-        super().__init__(description=doc, allow_abbrev=False,
-                         formatter_class=argparse.RawDescriptionHelpFormatter)
+        super().__init__(description=doc, allow_abbrev=False, formatter_class=Help)
         self.add_argument("--data", choices=("auto", "full", "sample"), default="auto",
-                          help="all images, the embedded sample, or all if they can be had (auto)")
-        self.add_argument("--out", type=Path, default=Path("runs"), help="folder for output (runs)")
-
-    def number(self, flag, kind, low, high, default, text, **more):
-        def convert(word):
-            if not low <= kind(word) <= high:
-                raise ValueError
-            return kind(word)
-        convert.__name__ = f"{kind.__name__} ({low} to {high})"  # argparse: "invalid ... value"
-        self.add_argument(flag, type=convert, default=default, help=text, **more)
-
-    def training(self, epochs, lr, latent_dim):
-        """The flags of every training, with the defaults of this one."""
-        self.number("--epochs", int, 1, 10_000, epochs, f"passes over the training data ({epochs})")
-        self.number("--batch-size", int, 1, 100_000, 128, "images a step (128)")
-        self.number("--lr", float, 1e-8, 10, lr, f"peak learning rate ({lr})")
-        self.number("--latent-dim", int, 1, 784, latent_dim, f"numbers in z ({latent_dim})")
-        self.number("--seed", int, 0, 2**32 - 1, 0, "of weights, batches and noise (0)")
-        self.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (auto)")
-        self.add_argument("--reuse", action="store_true", help="do not train again what is there")
+                          help="full, the embedded sample, or auto: full if it can be had")
+        self.add_argument("--out", type=Path, default="runs", help="folder for output")
 
     def error(self, message):
-        fail(f"{message} (see --help)")
+        raise UserError(f"{message} (see --help)")
+
+
+LIMITS = {"epochs": (1, 10_000), "batch_size": (1, 10_000), "latent_dim": (1, 10_000),
+          "lr": (1e-8, 10), "seed": (0, 2**32 - 1), "seeds": (0, 2**32 - 1), "betas": (0, 1e6),
+          "warmup_epochs": (0, 10_000), "weight_decay": (0, 10)}
+
+
+def check_flags(args):
+    """UserError for a number out of its limits or given twice, or an --out that is not writable."""
+    for name, (low, high) in LIMITS.items():
+        value = getattr(args, name, None)
+        numbers = value if isinstance(value, list) else [value]
+        if value is not None and not all(low <= number <= high for number in numbers):
+            raise UserError(f"--{name.replace('_', '-')}: choose a number from {low} to {high}")
+        if len({f"{number}" for number in numbers}) < len(numbers):
+            raise UserError(f"--{name}: name each number once")
+    try:
+        args.out = args.out.expanduser()
+        args.out.mkdir(parents=True, exist_ok=True)
+        if not os.access(args.out, os.W_OK):
+            raise OSError("not writable")
+    except (OSError, ValueError) as error:              # ValueError: a zero byte in the name
+        raise UserError(f"--out {args.out}: {error}; choose another folder")
+
+
+def settings(args):
+    """The flags that decide what a training computes, except data and seed: {"epochs": 18, ...}."""
+    others = "data", "out", "device", "seed", "seeds", "betas", "train_only"
+    return {name: value for name, value in vars(args).items() if name not in others}
+
+
+def run_name(start, parser, args):
+    """start, and every setting that is not its default in plain words (vae-full-seed0-epochs3), so
+    that a trial never replaces the real run."""
+    for name, value in settings(args).items():
+        if value != parser.get_default(name):
+            start += f"-{name.replace('_', '-')}{value}"
+    return start
 
 
 def pick_device(name="auto"):
-    """A torch.device; "auto" takes CUDA, then Apple's MPS, then the CPU."""
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    usable = [device for device in found if found[device]] + ["cpu"]
-    if name not in ("auto", *usable):
-        raise UserError(f"no device {name} here: choose auto or {' or '.join(usable)}")
-    return torch.device(usable[0] if name == "auto" else name)
+    """A torch.device that works; "auto" takes CUDA, then Apple's MPS, then the CPU."""
+    if name == "auto":
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else name
+    try:
+        torch.zeros(1, device=name).item()
+    except Exception as error:  # whatever torch says, this device cannot be used
+        raise UserError(f"no device {name} here ({error!s:.80}); choose --device auto or cpu")
+    return torch.device(name)
 
 
-def write_atomically(path, write):
-    """write(file) to a temporary name, then rename: a kill leaves the old file or the new one."""
-    temporary = path.with_name(f"{path.name}.part")
+def pick_bf16(choice, device):
+    """Whether to train in bfloat16: "on", "off", or "auto": if products of large matrices are at
+    least 1.5 times as fast in it, as on processors and GPUs that compute in bfloat16."""
+    if choice != "auto" or device.type == "mps":
+        return choice == "on"
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        matrix = torch.ones(1024, 1024, dtype=dtype, device=device)
+        tries = []
+        for _ in range(4):                              # the first one warms up
+            start = time.perf_counter()
+            (matrix @ matrix)[0, 0].item()              # item() waits for a GPU to finish
+            tries.append(time.perf_counter() - start)
+        seconds[dtype] = min(tries)
+    return seconds[torch.float32] > 1.5 * seconds[torch.bfloat16]
+
+
+def write_file(path, content):
+    """Write bytes under a temporary name, then rename: path is the old file or the new one, never
+    half of it."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            write(file)
+        temporary.write_bytes(content)
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"{path.parent}: not writable ({error.strerror}); choose another folder")
-    return path
-
-
-def run_path(parser, args, script, source, *names):
-    """(path, config): runs/<script>-<source>-seed<k>.pt; with a hash of those flags in the config
-    that are not the default, so that a trial run never replaces the real one."""
-    config = {name: getattr(args, name) for name in ("epochs", "batch_size", "lr", *names)}
-    trial = {name: value for name, value in config.items() if value != parser.get_default(name)}
-    mark = "-" + hashlib.sha256(repr(trial).encode()).hexdigest()[:8] if trial else ""
-    path = args.out / f"{script}-{source}-seed{args.seed}{mark}.pt"
-    # a folder that cannot be written shall fail now, not after the training
-    write_atomically(path.with_suffix(".probe"), lambda file: None).unlink(missing_ok=True)
-    return path, config
+        if temporary.is_file():
+            temporary.unlink()
+        raise UserError(f"{path}: cannot be written ({error.strerror}); make space, or choose a"
+                        " writable folder: by --out, or FASHION_MNIST_DIR for the data set")
 
 
 def save_checkpoint(path, **contents):
-    """Tensors, numbers and strings only, so that read_checkpoint can refuse everything else."""
-    contents["torch"] = str(torch.__version__)
-    return write_atomically(path, lambda file: torch.save(contents, file))
+    """Save tensors, numbers and strings, so that read_checkpoint can refuse everything else."""
+    buffer = io.BytesIO()
+    torch.save(contents | {"torch": str(torch.__version__)}, buffer)
+    write_file(path, buffer.getvalue())
 
 
-def read_checkpoint(path, build=None, **expected):
-    """The dict of a checkpoint; build(config) makes the model for its weights, which then stands
-    under "model", in eval mode. UserError if it is damaged, does not fit or is not as expected."""
+def read_checkpoint(path, script):
+    """The dict that `script` saved in a checkpoint; UserError if it is no such file."""
     try:
         meta = torch.load(path, map_location="cpu", weights_only=True)
-        found = {name: meta[name] for name in expected}
-        if build and found == expected:
-            meta["model"] = build(meta["config"]).eval()
-            meta["model"].load_state_dict(meta["state_dict"])
-    except Exception as error:  # absent, or in whatever way no checkpoint of ours
-        raise UserError(f"{path}: unusable ({error!r:.200}); restore or retrain it")
-    if found != expected:
-        raise UserError(f"{path}: holds {found}, not {expected}; move it or choose another --out")
+        found = meta["script"]
+    except Exception as error:  # absent, damaged, or no checkpoint of ours, in whatever way
+        raise UserError(f"{path}: not usable ({error!s:.80}); python {script}.py makes a new one")
+    if found != script:
+        raise UserError(f"{path}: made by {found}.py, not by {script}.py")
     return meta
 
 
-def describe(split, recon, kl, floor):
-    """One line of figures, the same in every script; (+) is recon above the entropy floor."""
-    return (f"{split}: recon {recon:.2f} ({recon - floor[split]:+.2f}) KL {kl:.2f}"
-            f" total {recon + kl:.2f}")
+def load_weights(model, meta, path):
+    """model with the weights of a checkpoint, in eval mode; UserError if they do not fit it."""
+    try:
+        model.load_state_dict(meta["state_dict"])
+    except Exception as error:  # other names, other shapes, or no weights at all
+        raise UserError(f"{path}: its weights do not fit ({error!s:.300}); train the model again")
+    return model.eval()
+
+
+def save_figure(figure, path):
+    """Write a matplotlib figure as PNG."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, bbox_inches="tight")
+    write_file(Path(path), buffer.getvalue())
+
+
+def one_of_each_class(labels):
+    """The index of the first image of each class that occurs in labels (N,), and its names."""
+    classes = labels.unique().tolist()
+    return [int((labels == c).nonzero()[0]) for c in classes], [CLASSES[c] for c in classes]
+
+
+def draw_grid(axes, images, title="", rows=(), columns=()):
+    """Draw images (R, C, 28, 28) in [0, 1] into a matplotlib axes, rows and columns labelled."""
+    if not 0 <= images.min() <= images.max() <= 1:
+        raise UserError("pixels must lie in [0, 1] to be drawn: take the sigmoid of logits first")
+    height, width = images.shape[:2]
+    framed = torch.nn.functional.pad(images.detach().cpu(), (1, 1, 1, 1), value=1.0)  # white seams
+    canvas = framed.transpose(1, 2).reshape(height * 30, width * 30)
+    axes.imshow(canvas.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.set_title(title)
+    axes.set_yticks([30 * i + 15 for i in range(len(rows))], rows)
+    axes.set_xticks([30 * i + 15 for i in range(len(columns))], columns, fontsize=7)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
 
 
 def image_grid(images, path, title="", rows=(), columns=()):
     """Write images (R, C, 28, 28) in [0, 1] as one picture with labelled rows and columns."""
     height, width = images.shape[:2]
-    canvas = torch.nn.functional.pad(images.detach().cpu(), (1, 1, 1, 1), value=1.0)  # white seams
-    canvas = canvas.transpose(1, 2).reshape(height * 30, width * 30)
-    inch = 9 / max(width, 15)                               # one image: all letters equally large
+    inch = 9 / max(width, 15)                           # of one image: all letters equally large
     figure = Figure((inch * width + 1, inch * height + 1), 51 / inch, layout="constrained")
-    axes = figure.add_subplot(title=title)
-    axes.imshow(canvas.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    axes.set_yticks([30 * i + 15 for i in range(len(rows))], rows)
-    axes.set_xticks([30 * i + 15 for i in range(len(columns))], columns, fontsize=7)
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    write_atomically(Path(path), lambda file: figure.savefig(file, bbox_inches="tight"))
+    draw_grid(figure.add_subplot(), images, title, rows, columns)
+    save_figure(figure, path)
 
 
-# ---------------------------------------------------------------- run directly: exploration
+def plot_curves(history, path):
+    """Recon and KL of training and validation against the epochs, from what train() returns."""
+    figure = Figure(figsize=(8, 3.2), dpi=120, layout="constrained")
+    epochs = range(1, len(history) + 1)
+    titles = {"recon": "recon: what z does not tell", "kl": "KL: what z tells"}
+    for i, (name, title) in enumerate(titles.items(), 1):
+        axes = figure.add_subplot(1, 2, i, xlabel="epoch", ylabel="nats per image", title=title)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.plot(epochs, [h[name] for h in history], "o-", ms=3, label="training")
+        axes.plot(epochs, [h[f"val_{name}"] for h in history], "s--", ms=3, label="validation")
+        axes.legend()
+    save_figure(figure, path)
+
+
+# ================================================================ run directly: exploration
+
+def plot_distributions(images, labels, path):
+    """How often each class and each pixel value occur in training images (N, 1, 28, 28)."""
+    figure = Figure((10, 3.4), 120, layout="constrained")
+    left = figure.add_subplot(1, 2, 1, ylabel="images", title="Classes: equally often")
+    left.bar(range(10), labels.bincount(minlength=10))
+    left.set_xticks(range(10), CLASSES, rotation=30, ha="right")
+    pixels = images.flatten().numpy()
+    right = figure.add_subplot(1, 2, 2, xlabel="pixel value", ylabel="share of pixels",
+                               title=f"Pixels: {(pixels == 0).mean():.0%} are exactly black")
+    right.hist(pixels, bins=64, weights=np.full(len(pixels), 1 / len(pixels)), log=True)
+    save_figure(figure, path)
+
 
 @command
 def main(argv=None):
     args = Parser(__doc__).parse_args(argv)
-    data = load(args.data)
-    by_class = [data.train_images[data.train_labels == c][:10, 0] for c in range(10)]
-    image_grid(torch.stack(by_class), args.out / "data-samples.png", "Ten of each class", CLASSES)
-    pixels = data.train_images.flatten().numpy()
-    figure = Figure((10, 3.4), 120, layout="constrained")
-    left = figure.add_subplot(1, 2, 1, ylabel="share of the split", title="Classes: equally often")
-    right = figure.add_subplot(1, 2, 2, xlabel="pixel value", ylabel="share of pixels",
-                               title=f"Pixels: {(pixels == 0).mean():.0%} are exactly black")
-    right.hist(pixels, bins=64, weights=np.full(len(pixels), 1 / len(pixels)), log=True)
-    for i, split in enumerate(SPLITS):
-        x, y = getattr(data, f"{split}_images"), getattr(data, f"{split}_labels")
-        counts = y.bincount(minlength=10)
-        print(f"{split}: {counts.min():,} to {counts.max():,} images a class; pixels: mean"
-              f" {x.mean():.4f}, std {x.std():.4f}, {(x == 0).float().mean():.1%} exactly 0")
-        left.bar(torch.arange(10) + 0.27 * (i - 1), counts / len(y), 0.25, label=split)
-    left.set_xticks(range(10), CLASSES, rotation=30, ha="right")
-    left.legend(loc="lower right")
-    write_atomically(args.out / "data-distributions.png", figure.savefig)
-    print(f"-> {args.out / 'data-samples.png'}, data-distributions.png")
+    check_flags(args)
+    dataset = load(args.data)
+    for split in ("train", "val", "test"):
+        x, y = getattr(dataset, f"{split}_images"), getattr(dataset, f"{split}_labels")
+        print(f"{split}: {y.bincount().min():,} to {y.bincount().max():,} images a class; pixels:"
+              f" mean {x.mean():.4f}, std {x.std():.4f}, {(x == 0).float().mean():.1%} exactly 0")
+    x, y = dataset.train_images, dataset.train_labels
+    ten_of_each = torch.stack([x[y == c][:10, 0] for c in range(10)])       # (10, 10, 28, 28)
+    image_grid(ten_of_each, args.out / "data-samples.png", "Ten of each class", CLASSES)
+    plot_distributions(x, y, args.out / "data-distributions.png")
+    print(f"-> {args.out}/data-samples.png, data-distributions.png")
 
 
 if __name__ == "__main__":

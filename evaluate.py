@@ -1,49 +1,73 @@
 """Section 6: the protocol. Every model measured by the same rules, side by side in one table.
 
 Trains what is not trained yet, then measures everything on the same test images, which no model
-and no choice has seen. Generators see raw [0, 1] images; the classifier normalises inside itself.
-recon, KL and total are nats per image at full KL weight, from one posterior sample. The FID proxy:
+and no choice has seen. Generators see raw images in [0, 1]; the classifier, our judge, normalises
+them inside itself. recon, KL and total are in nats per image, at full KL weight, from one posterior
+sample. Generated images are judged by the FID proxy, a distance between two sets of images:
 
-    FID  =  |m_a - m_b|^2  +  tr( S_a + S_b - 2 (S_a^1/2 S_b S_a^1/2)^1/2 )      0 = same Gaussian
+    FID  =  |m_a - m_b|^2  +  tr( S_a + S_b - 2 (S_a^1/2 S_b S_a^1/2)^1/2 )
 
-(Heusel et al. 2017, arXiv:1706.08500, eq. 6; m, S: mean and covariance of the classifier's 256
-features. These are not Inception's features: a *proxy*, comparable within this table alone.)
+(Heusel et al. 2017, arXiv:1706.08500, eq. 6. m and S are the mean and the covariance of the judge's
+256 features over a set; equal sets have 0. The original takes the features of Inception, so ours is
+a *proxy*: compare it within this table only.)
 
-    python evaluate.py                    # the study; a second call only measures again
-    python evaluate.py --split val        # the same metrics on validation: for choosing
-    python evaluate.py --deep             # and what takes longer: memorisation, the bias of FID
-
-Expect (full data, --deep): the tables and the minutes that stand in the README.
+    python evaluate.py                    # the whole study; a second call only measures again
+    python evaluate.py --split val        # the same on the validation images, for making choices
 """
 import json
 import math
-import sys
 import time
 from collections import namedtuple
+from statistics import mean, stdev
 
 import torch
-from matplotlib.figure import Figure
 
 import beta_vae
 import classifier
 import conv_vae
 import cvae
+import data
 import vae
-from classifier import controllability, diversity, look, nearness
-from data import Parser, UserError, command, image_grid, load, pick_device, write_atomically
-from vae import DRAWS, importance_weighted_bound
 
-STUDY = {"MLP VAE": vae, "Conv VAE": conv_vae, "β-VAE": beta_vae, "CVAE": cvae}
-SIZES = (1000, 2000, 5000, 10_000)                      # numbers of images for the FID (--deep)
+Model = namedtuple("Model", "name script beta")         # beta: None, except in section 4
+STUDY = [Model("MLP VAE", vae, None), Model("Conv VAE", conv_vae, None),
+         *[Model(f"β-VAE β={beta:g}", beta_vae, beta) for beta in beta_vae.BETAS],
+         Model("CVAE", cvae, None)]
+# Real images, their labels, the judge, and what it sees in them: features (N, 256), classes (N,).
+Real = namedtuple("Real", "images labels judge features judged")
+
+# ---------------------------------------------------------------- using any of the models
+
+def told(model, labels):
+    """What a model is told beside its image or its z: (labels,) if it is a CVAE, else nothing."""
+    return (labels,) if isinstance(model, cvae.CVAE) else ()
+
+
+@torch.no_grad()
+def encode(model, images, labels):
+    """z ~ q(z | x), one for each of images (N, 1, 28, 28), labels (N,): (N, latent_dim)."""
+    device = next(model.parameters()).device
+    mu, logvar = model.encode(images.to(device), *told(model, labels.to(device)))
+    return model.reparameterize(mu, logvar).cpu()
+
+
+@torch.no_grad()
+def decode(model, z, labels):
+    """The images in [0, 1] that z (N, latent_dim), labels (N,) are decoded to: (N, 1, 28, 28)."""
+    device = next(model.parameters()).device
+    logits = model.decode(z.to(device), *told(model, labels.to(device)))
+    return logits.sigmoid().cpu()
+
 
 # ---------------------------------------------------------------- the metrics
 
 def frechet_distance(features_a, features_b):
-    """Squared Frechet distance of the Gaussians fitted to features (N, D), (M, D); N and M > D."""
+    """The FID of features (N, D) and (M, D), by the equation at the top. UserError unless N and M
+    are larger than D and all features are finite."""
     for features in (features_a, features_b):
         if len(features) <= features.shape[1] or not features.isfinite().all():
-            raise UserError(f"features of shape {tuple(features.shape)}: they must be finite, and "
-                            f"of more images than features, at least {features.shape[1] + 1}")
+            raise data.UserError(f"features of shape {tuple(features.shape)}: they must be finite,"
+                                 f" and of at least {features.shape[1] + 1} images")
     a, b = features_a.double(), features_b.double()
     shift = a.mean(0) - b.mean(0)
     cov_a, cov_b = a.T.cov(), b.T.cov()                                     # (D, D), over N - 1
@@ -54,8 +78,67 @@ def frechet_distance(features_a, features_b):
     return (shift @ shift + cov_a.trace() + cov_b.trace() - 2 * roots.sum()).item()
 
 
-def log_joint(columns, weights, means, factors):
-    """log( weight_k N(z | mean_k, L_k L_k^T) ) of z as columns (D, N) -> (K, N)."""
+def controllability(judged, asked):
+    """The share of images that the judge puts into the class that was asked for, in all and in the
+    class where it is smallest. Both (N,). For real images and their labels this is the accuracy."""
+    hits = (judged == asked).double()
+    worst = min(hits[asked == c].mean().item() for c in asked.unique())
+    return hits.mean().item(), worst
+
+
+def diversity(features, labels, real_features, real_labels):
+    """The mean distance between the features of two images of a class, over that of real images,
+    averaged over the classes: 1 is as varied as real images, 0 is one image a class. features
+    (N, D), labels (N,): only of images that the judge puts into their class, on both sides."""
+    ratios = []
+    for c in real_labels.unique():
+        drawn, real = features[labels == c], real_features[real_labels == c]
+        spread = torch.pdist(drawn).mean().item() if len(drawn) > 1 else 0.0
+        ratios.append(spread / torch.pdist(real).mean().item())
+    return mean(ratios)
+
+
+@torch.no_grad()
+def importance_weighted_bound(model, images, labels, draws=100, counts=(1, 10, 100)):
+    """Upper bounds on -log p(x) in nats, {"iw_K": ...} for each K in counts, from the importance
+    weights w of K draws of z (Burda et al. 2016, arXiv:1509.00519, eq. 8):
+
+        -log p(x)  <=  -E[ log( 1/K sum_k w_k ) ],    w = p(x | z) p(z) / q(z | x),  z ~ q(z | x)
+
+    K = 1 is the negative ELBO; a larger K gives a tighter bound. All K, divisors of `draws`, share
+    their draws. images (N, 1, 28, 28), labels (N,)."""
+    device = next(model.parameters()).device
+    images, labels = images.to(device), labels.to(device)
+    log_w = []
+    for _ in range(draws):
+        mu, logvar = model.encode(images, *told(model, labels))
+        z = model.reparameterize(mu, logvar)
+        recon, _ = vae.elbo_terms(model.decode(z, *told(model, labels)), images, mu, logvar)
+        # log p(z) - log q(z | x); both have the same log 2 pi, which cancels
+        log_ratio = 0.5 * ((z - mu).pow(2) / logvar.exp() + logvar - z.pow(2)).sum(1)
+        log_w.append(log_ratio - recon)
+    log_w = torch.stack(log_w, dim=1).cpu().double()                        # (N, draws)
+    bounds = {}
+    for k in counts:
+        groups = log_w.view(len(images), draws // k, k)                     # of K draws each
+        log_mean = groups.logsumexp(dim=2) - math.log(k)
+        bounds[f"iw_{k}"] = -log_mean.mean().item()
+    return bounds
+
+
+def memorised(drawn, train_images, unseen_images):
+    """The share of drawn images whose nearest real image, by the distance of their pixels, is a
+    training image and not one that the model never saw. All (N, 1, 28, 28)."""
+    real_images = torch.cat([train_images, unseen_images]).flatten(1)
+    nearest = torch.cdist(drawn.flatten(1), real_images).argmin(dim=1)      # (N,)
+    return (nearest < len(train_images)).double().mean().item()
+
+
+# ---------------------------------------------------------------- a mixture of Gaussians
+
+def log_joint(z, weights, means, factors):
+    """log( weight_k N(z | mean_k, L_k L_k^T) ) of z (N, D) for each component k: (K, N)."""
+    columns = z.T.contiguous()                          # (D, N)
     rows = []
     for weight, mean, factor in zip(weights, means, factors):
         white = torch.linalg.inv(factor) @ (columns - mean[:, None])        # (D, N)
@@ -65,335 +148,252 @@ def log_joint(columns, weights, means, factors):
 
 
 def fit_gmm(z, components, iterations=100, ridge=1e-3):
-    """EM for a mixture of full-covariance Gaussians (Bishop 2006, section 9.2.2) on z (N, D).
-
-    Returns weights (K,), means (K, D), Cholesky factors (K, D, D), and the mean log-likelihood
-    before each step: at ridge = 0 EM never lowers it, save where a component is seeded anew."""
-    n, d = z.shape
-    means, squared = z[torch.randint(n, (1,))], z.new_full((n,), math.inf)
-    while len(means) < components:                      # k-means++: far points are likely seeds
-        squared = torch.minimum(squared, (z - means[-1]).pow(2).sum(1))
-        means = torch.cat([means, z[torch.multinomial(squared, 1)]])
-    columns, small = z.T.contiguous(), ridge * torch.eye(d).to(z)
-    whole = torch.atleast_2d(columns.cov()) + small
-    weights, covariances = z.new_full((components,), 1 / components), whole.repeat(components, 1, 1)
-    history = []
-    for step in range(iterations):
-        joint = log_joint(columns, weights, means, torch.linalg.cholesky(covariances))
-        total = joint.logsumexp(0)                      # log p(z), (N,)
-        history.append(total.mean().item())
-        responsibility = (joint - total).exp()          # E: of each component, (K, N)
-        counts = responsibility.sum(1).clamp(min=1e-6)
-        means = responsibility @ z / counts[:, None]    # M: weighted means and covariances
-        for k in range(components):
-            centred = columns - means[k][:, None]       # (D, N)
-            covariances[k] = (responsibility[k] * centred) @ centred.T / counts[k] + small
-            if counts[k] < d and step < iterations - 5:  # dying: seed anew while it can settle
-                worst = total.argmin()
-                means[k], covariances[k], counts[k] = z[worst], whole, n / components
-                total[worst] = math.inf                 # and the next one elsewhere
+    """A mixture of Gaussians with full covariances for z (N, D), by EM (Bishop 2006, section
+    9.2.2): weights (K,), means (K, D), Cholesky factors of the covariances (K, D, D). With ridge =
+    0 no iteration lowers the likelihood; it ends near a local maximum, depending on the start."""
+    small = ridge * torch.eye(z.shape[1], dtype=z.dtype)
+    whole = z.T.cov().view(small.shape) + small         # the covariance of all codes
+    weights = torch.full((components,), 1 / components, dtype=z.dtype)
+    means, covariances = z[torch.randperm(len(z))[:components]], whole.repeat(components, 1, 1)
+    for _ in range(iterations):
+        # E step: the responsibility of each component for each code
+        joint = log_joint(z, weights, means, torch.linalg.cholesky(covariances))
+        responsibility = joint.softmax(dim=0)                               # (K, N)
+        # M step: the weights, and the weighted means and covariances
+        counts = responsibility.sum(1).clamp(min=1e-6)                      # (K,)
         weights = counts / counts.sum()
-    return weights, means, torch.linalg.cholesky(covariances), history
+        means = responsibility @ z / counts[:, None]
+        for k in range(components):
+            centred = z - means[k]                                          # (N, D)
+            covariances[k] = (responsibility[k] * centred.T) @ centred / counts[k] + small
+    return weights, means, torch.linalg.cholesky(covariances)
 
 
 def sample_gmm(weights, means, factors, count):
     """Draws (count, D) from a mixture."""
     k = torch.multinomial(weights, count, replacement=True)
     eps = torch.randn(count, means.shape[1], 1, dtype=means.dtype)
-    return means[k] + (factors[k] @ eps)[:, :, 0]
+    return means[k] + (factors[k] @ eps).squeeze(2)
+
+
+def sample_ex_post_prior(model, labels, dataset):
+    """z from the ex-post prior (Ghosh et al. 2020, arXiv:1903.12436): a mixture that is fitted,
+    after the training, to one code of each training image, because the codes do not quite lie where
+    N(0, I) is. 50 Gaussians or, if the model is told the label, one a class. (N, latent_dim)."""
+    codes = encode(model, dataset.train_images, dataset.train_labels)
+    if not told(model, labels):
+        return sample_gmm(*fit_gmm(codes, components=50), len(labels))
+    z = torch.empty(len(labels), model.latent_dim)
+    for c in labels.unique():
+        gaussian = fit_gmm(codes[dataset.train_labels == c], components=1, iterations=1)
+        z[labels == c] = sample_gmm(*gaussian, int((labels == c).sum()))
+    return z
 
 
 # ---------------------------------------------------------------- one row of the table
 
-# the same for all models. real, judged: features and classes that the judge sees in the images;
-# reference: its features of all training and validation images with --deep, else None
-Protocol = namedtuple("Protocol", "data split images labels judge real judged device reference")
+def judge_images(images, labels, real, source):
+    """The figures of decoded images, whose z came from `source`: fid and, where labels (N,) tell
+    which class each of them shall show, control, its worst class, and diversity."""
+    features, judged = classifier.look(real.judge, images)
+    figures = {f"fid_{source}": frechet_distance(features, real.features)}
+    if labels is not None:
+        figures[f"control_{source}"], figures[f"worst_{source}"] = controllability(judged, labels)
+        right, real_right = judged == labels, real.judged == real.labels
+        figures[f"diversity_{source}"] = diversity(
+            features[right], labels[right], real.features[real_right], real.labels[real_right])
+    return figures
 
 
-def prepare(data, split, judge, device, deep):
-    """(the Protocol on a split, its yardsticks: what the metrics say of perfect and hopeless)."""
-    images, labels = getattr(data, f"{split}_images"), getattr(data, f"{split}_labels")
-    real, judged = look(judge, images)
-    noise, _ = look(judge, torch.rand(images.shape))
-    yardsticks = {"classifier_accuracy": controllability(judged, labels)[0],
-                  "fid_sampling_floor": frechet_distance(real[::2], real[1::2]),
-                  "fid_noise": frechet_distance(noise, real), "fid_n": len(real)}
-    reference = None
-    if deep:
-        reference = look(judge, data.train_images)[0], look(judge, data.val_images)[0]
-        yardsticks |= nearness(real, *reference)
-    return Protocol(data, split, images, labels, judge, real, judged, device, reference), yardsticks
-
-
-@torch.no_grad()
-def in_batches(function, device, *tensors):
-    """function of tensors with equal first axis, a thousand at a time on the device."""
-    batches = zip(*(tensor.split(1000) for tensor in tensors))
-    return torch.cat([function(*(t.to(device) for t in batch)).cpu() for batch in batches])
-
-
-def condition(name, labels):
-    """What a model is told beside x or z: the labels (CVAE), or nothing."""
-    return (labels,) if name == "CVAE" else ()
-
-
-def sample_posterior(model, device, *inputs):
-    """One z ~ q(z | x) for each image; inputs are (x,), for the CVAE (x, y)."""
-    return in_batches(lambda *batch: model.reparameterize(*model.encode(*batch)), device, *inputs)
-
-
-def draw(model, device, *inputs):
-    """Decoder means in [0, 1]; inputs are (z,), for the CVAE (z, y)."""
-    return in_batches(lambda *batch: model.decode(*batch).sigmoid(), device, *inputs)
-
-
-def measure(name, module, path, protocol):
-    """A row of the table: the parts of the ELBO, and how the judge sees decoded z ~ N(0, I)."""
-    data, split, images, labels, judge, real, real_judged, device, reference = protocol
-    model, meta = module.load_model(path, device)
-    n, beta = len(images), meta["config"].get("beta")
+def measure(entry, model, meta, dataset, split, real):
+    """All figures of a model. Each kind has its own seed, so that none of them changes another."""
+    row = dict.fromkeys(MAIN + IMAGES + BOUNDS + SWEEP)
+    row |= {"model": entry.name, "beta": entry.beta, "latent_dim": model.latent_dim,
+            "params": sum(p.numel() for p in model.parameters()),
+            "seconds": meta["metrics"]["seconds"], "trained_on": meta["device"]}
     torch.manual_seed(meta["seed"])                     # the same noise as in the script's own test
-    scores = module.test(model, images.to(device), *condition(name, labels.to(device)))
-    row = {"model": name if beta is None else f"{name} β={beta:g}", "latent_dim": model.latent_dim,
-           "params": sum(p.numel() for p in model.parameters()), **scores,
-           "excess": scores["recon"] - data.floor[split],
-           "seconds": meta["metrics"]["seconds"], "trained_on": meta["device"]}
-    row |= dict.fromkeys(("fid_gmm", "fid_recon", "control", "control_gmm", "control_recon",
-                          "swap_asked", "swap_kept", "diversity"))         # None: does not apply
-    asked = torch.arange(n) % 10
-    drawn = draw(model, device, torch.randn(n, model.latent_dim), *condition(name, asked))
-    features, judged = look(judge, drawn)
-    row["fid_prior"] = frechet_distance(features, real)
-    if name == "CVAE":
-        row["total_plus_log10"] = row["total"] + math.log(10)
-        row["control"], row["control_by_class"] = controllability(judged, asked)
-        row["diversity"] = diversity(features[judged == asked], asked[judged == asked],
-                                     real[real_judged == labels], labels[real_judged == labels])
-        classifier.confusion_figure(
-            asked, judged, path.with_name(f"{path.stem}-{split}-control.png"),
-            f"Asked for a class, and judged as that class: {row['control']:.1%}")
-    if reference and beta is None:
-        row |= {f"fid_{m}": frechet_distance(features[:m], real[:m]) for m in SIZES if m <= n}
-        row |= nearness(features, *reference)
-        nearest = torch.cdist(features[:10], reference[0]).argmin(1)
-        image_grid(torch.stack([drawn[:10, 0], data.train_images[nearest, 0]]),
-                   path.with_name(f"{path.stem}-nearest.png"),
-                   f"{name}: new, or learned by heart?", ("drawn", "nearest in training"))
-    if beta is None:
-        measure_further(name, row, model, module, protocol)
-    else:                                               # the sweep: what its latents carry
-        row |= beta_vae.analyse(model.cpu(), data, images, labels)[0]
-    return row
+    row |= entry.script.test(model, real.images, *told(model, real.labels))
+    row["excess"] = row["recon"] - dataset.floor[split]
 
-
-def measure_further(name, row, model, module, protocol):
-    """Fill the row of a main model. To tell the prior's faults from the decoder's, z comes from the
-    ex-post prior (Ghosh et al. 2020, arXiv:1903.12436) and from the images (reconstructions)."""
-    data, _, images, labels, judge, real, _, device, reference = protocol
-    n, given = len(images), condition(name, labels)
-    codes = sample_posterior(model, device, data.train_images, *condition(name, data.train_labels))
-    if name == "CVAE":                                  # one Gaussian a class
-        fits = [fit_gmm(codes[data.train_labels == c], 1, iterations=1)[:3] for c in range(10)]
-        z = torch.cat([sample_gmm(*fit, n // 10) for fit in fits])
-        asked = torch.arange(10).repeat_interleave(n // 10)
-        features, judged = look(judge, draw(model, device, z, asked))
-        row["fid_gmm"] = frechet_distance(features, real)
-        row["control_gmm"], _ = controllability(judged, asked)
-    else:
-        mixtures = {"fid_gmm": 50} | ({"fid_gmm_1": 1, "fid_gmm_10": 10} if reference else {})
-        for key, components in mixtures.items():
-            drawn = draw(model, device, sample_gmm(*fit_gmm(codes, components)[:3], n))
-            row[key] = frechet_distance(look(judge, drawn)[0], real)
-
-    z = sample_posterior(model, device, images, *given)
-    features, judged = look(judge, draw(model, device, z, *given))
-    row["fid_recon"] = frechet_distance(features, real)
-    row["control_recon"], _ = controllability(judged, labels)
-    if name == "CVAE":                                  # encode as y, decode as another class
-        other = (labels + torch.randint(1, 10, (n,))) % 10
-        _, judged = look(judge, draw(model, device, z, other))
-        row["swap_asked"] = (judged == other).double().mean().item()
-        row["swap_kept"] = (judged == labels).double().mean().item()
-    bounds = importance_weighted_bound(model, module.elbo_terms, images[::10].to(device),
-                                       [y[::10].to(device) for y in given])
-    row |= {f"iw_{k}": bound for k, bound in bounds.items()}
+    asked = torch.arange(len(real.images)) % 10         # a tenth of the images for each class
+    can_ask = asked if told(model, asked) else None
+    torch.manual_seed(1)                                # z ~ N(0, I)
+    drawn = decode(model, torch.randn(len(asked), model.latent_dim), asked)
+    row |= judge_images(drawn, can_ask, real, "prior")
+    if entry.beta is not None:
+        return row
+    row["memorised"] = memorised(drawn[:1000], dataset.train_images, real.images)
+    torch.manual_seed(2)                                # z from where the codes really lie
+    drawn = decode(model, sample_ex_post_prior(model, asked, dataset), asked)
+    row |= judge_images(drawn, can_ask, real, "ex_post")
+    torch.manual_seed(3)                                # z of the images: the decoder's loss alone
+    z = encode(model, real.images, real.labels)
+    row |= judge_images(decode(model, z, real.labels), real.labels, real, "recon")
+    if told(model, asked):                              # encoded as a class, decoded as another
+        other = (real.labels + 1 + asked % 9) % 10
+        row |= judge_images(decode(model, z, other), other, real, "swap")
+    torch.manual_seed(4)
+    return row | importance_weighted_bound(model, real.images[::10], real.labels[::10])
 
 
 def average(rows):
-    """The rows of one model under several seeds -> one row of {"mean", "std" (n - 1), "n"}."""
-    def combine(values):
-        if isinstance(values[0], list):
-            return [combine(group) for group in zip(*values)]
-        if len(values) == 1 or not isinstance(values[0], float):
-            return values[0]                            # names, sizes, and what does not apply
-        mean = sum(values) / len(values)
-        std = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
-        return {"mean": mean, "std": std, "n": len(values)}
-    return {key: combine([row[key] for row in rows]) for key in rows[0]}
+    """The rows of one model under several seeds as one: floats as {"mean", "std" (n - 1), "n"}."""
+    averaged = dict(rows[0])                            # names, sizes, and what does not apply
+    for key, first in rows[0].items():
+        values = [row[key] for row in rows]
+        if len(rows) > 1 and isinstance(first, float) and key != "beta":
+            averaged[key] = {"mean": mean(values), "std": stdev(values), "n": len(values)}
+    return averaged
 
 
-def flatten(row):
-    """An averaged row as plain figures: the mean of x under "x", its std under "x_std"."""
-    flat = {key: v["mean"] if isinstance(v, dict) else v for key, v in row.items()}
-    return flat | {f"{key}_std": v["std"] for key, v in row.items() if isinstance(v, dict)}
+# ---------------------------------------------------------------- the tables and a picture
+
+# The columns of the four tables, by the names that they have in the results.
+MAIN = ["model", "latent_dim", "recon", "excess", "kl", "total", "fid_prior", "control_prior"]
+IMAGES = ["model", "fid_ex_post", "fid_recon", "control_ex_post", "control_recon", "control_swap",
+          "worst_prior", "diversity_prior", "memorised"]
+BOUNDS = ["model", "iw_1", "iw_10", "iw_100", "params", "seconds"]
+SWEEP = ["model", "recon", "kl", "total", "fid_prior", "active", "gap", "null", "beaten"]
+SHARES = ("control", "worst", "memorised", "beaten")    # columns that start so are in percent
 
 
-# ---------------------------------------------------------------- the tables and a figure
-
-# title, key in the row, format, is the spread over seeds shown?
-MAIN = (("model", "model", "{}", 0), ("z", "latent_dim", "{}", 0), ("params", "params", "{:,}", 0),
-        ("recon", "recon", "{:.2f}", 1), ("excess", "excess", "{:.2f}", 0),
-        ("KL", "kl", "{:.2f}", 1), ("total", "total", "{:.2f}", 1),
-        ("FID prior", "fid_prior", "{:.2f}", 1), ("FID recon", "fid_recon", "{:.2f}", 1),
-        ("control", "control", "{:.1%}", 1), ("seconds", "seconds", "{:.0f}", 0))
-FURTHER = (("model", "model", "{}", 0), ("FID ex-post", "fid_gmm", "{:.2f}", 1),
-           ("-ELBO", "iw_1", "{:.2f}", 0), ("IW 10", "iw_10", "{:.2f}", 0),
-           ("IW 100", "iw_100", "{:.2f}", 0), ("ctl ex-post", "control_gmm", "{:.1%}", 1),
-           ("ctl recon", "control_recon", "{:.1%}", 1), ("swap to", "swap_asked", "{:.1%}", 0),
-           ("still", "swap_kept", "{:.1%}", 0), ("diversity", "diversity", "{:.2f}", 1))
-SWEEP = (("model", "model", "{}", 0), ("active", "active_units", "{:.1f}", 1),
-         ("probe", "probe", "{:.1%}", 1), ("gap", "gap", "{:.3f}", 1),
-         ("null", "null", "{:.3f}", 1), ("beaten", "beaten", "{:.0%}", 1))
-DEEP = (("model", "model", "{}", 0), *((f"FID {m:,}", f"fid_{m}", "{:.2f}", 0) for m in SIZES),
-        ("GMM 1", "fid_gmm_1", "{:.2f}", 0), ("GMM 10", "fid_gmm_10", "{:.2f}", 0),
-        ("d train", "nearest_train", "{:.3f}", 0), ("d val", "nearest_val", "{:.3f}", 0),
-        ("nearer", "nearer_train", "{:.1%}", 0))
-
-
-def cell(value, form, spread):
-    """One figure of the table: a dash where the metric does not apply, mean±std for several."""
+def cell(key, value):
+    """The text of one figure in a table."""
+    if value is None:
+        return "–"                                      # does not apply
     if isinstance(value, dict):
-        std = "±" + form.format(value["std"]).rstrip("%") if spread else ""
-        return form.format(value["mean"]) + std
-    return "–" if value is None else form.format(value)
+        return f"{cell(key, value['mean'])}±{cell(key, value['std'])}"
+    if isinstance(value, float):
+        return f"{value:.1%}" if key.startswith(SHARES) else f"{value:.2f}"
+    return f"{value:,}" if isinstance(value, int) else value
 
 
-def table(rows, columns, markdown=False):
-    """Aligned lines of text; or of Markdown."""
-    lines = [[title for title, *_ in columns]]
-    for row in rows:
-        lines.append([cell(row.get(key), form, spread) for _, key, form, spread in columns])
+def noise(rows, key):
+    """What two models may differ by without meaning: 2 sqrt(2) s, with s the std over seeds, pooled
+    over the rows. None for a single seed, which tells nothing about it."""
+    stds = [row[key]["std"] for row in rows if isinstance(row[key], dict)]
+    return 2 * math.sqrt(2 * mean(std**2 for std in stds)) if stds else None
+
+
+def table(rows, columns):
+    """The lines of a Markdown table; the last one tells which differences are within noise."""
+    lines = [columns] + [[cell(key, row[key]) for key in columns] for row in rows]
+    lines.append(["noise"] + [cell(key, noise(rows, key)) for key in columns[1:]])
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
-    if markdown:
-        lines.insert(1, ["-" * width for width in widths])
-    texts = [[text.rjust(w) for text, w in zip(line, widths)] for line in lines]
-    texts = [[line[0].strip().ljust(widths[0]), *line[1:]] for line in texts]
-    return [f"| {' | '.join(text)} |" if markdown else "  ".join(text) for text in texts]
+    lines.insert(1, ["-" * width for width in widths])
+    padded = [[text.ljust(width) for text, width in zip(line, widths)] for line in lines]
+    return [f"| {' | '.join(line)} |" for line in padded]
 
 
-def report(results, markdown=False):
-    """The caption, the tables and how to read them, as lines."""
-    rows, yardsticks = results["rows"], results["yardsticks"]
-    main_rows = [row for row in rows if row["fid_gmm"]]
-    half = 784 * math.log(2)                            # -log p(x) if p = 1/2 for every pixel
-    lines = [
-        f"Fashion-MNIST ({results['data']}), {results['split']} split, {yardsticks['fid_n']:,}"
-        f" images (IW: every tenth); nats; seeds {results['seeds']};"
-        f" {results['device']}, torch {results['torch']}; {results['date']}",
-        "", *table(rows, MAIN, markdown), "",
-        f"- Entropy floor {results['floor']:.2f}: no decoder can have a smaller recon.",
-        f"  p = 1/2 for every pixel: recon {half:.2f}, excess {half - results['floor']:.2f}.",
-        "- CVAE: add log 10 = 2.30 to total, -ELBO and IW, as -log p(x) <= -log p(x | y) + log 10.",
-        f"- FID proxy: {yardsticks['fid_sampling_floor']:.3f} between halves of the real images"
-        f" (n = {yardsticks['fid_n'] // 2:,}), {yardsticks['fid_noise']:.1f} for noise.",
-        f"- control: 10 % is chance; real images: {yardsticks['classifier_accuracy']:.1%}.",
-        "", *table(main_rows, FURTHER, markdown),
-        "", *table([row for row in rows if "gap" in row], SWEEP, markdown)]
-    if "nearer_train" in yardsticks:
-        lines += ["", *table([*main_rows, yardsticks | {"model": "test images"}], DEEP, markdown)]
-    return [*lines, "", *verdict(rows), "", "What each column means: README."]
+def report(results):
+    """The tables with what is needed to read them, as lines of Markdown."""
+    main_rows = [row for row in results["rows"] if row["beta"] is None]
+    sweep = [row for row in results["rows"] if row["beta"] is not None]
+    facts = ("data", "split", "n", "seeds", "device", "torch", "date")
+    return [", ".join(f"{name} {results[name]}" for name in facts), "",
+            *table(main_rows, MAIN), "", *table(main_rows, IMAGES), "",
+            *table(main_rows, BOUNDS), "",
+            *[f"- {name}: {cell(name, value)}" for name, value in results["yardsticks"].items()],
+            "", *table(sweep, SWEEP)]
 
 
-def verdict(rows):
-    """The models ranked by each figure, with a mark where noise may have decided; as lines."""
-    rows = [flatten(row | {"total": row.get("total_plus_log10", row["total"])}) for row in rows]
-    lines = ["What this says. a < b: further apart than 2 sqrt(s_a^2 + s_b^2), s the ± of each;"
-             " a ≈ b: not so, or one seed only. Neighbours alone are compared."]
-    for key, title, sweep in (("total", "total (CVAE: + log 10)", 0), ("fid_prior", "FID prior", 0),
-                              ("fid_gmm", "FID ex-post", 0), ("fid_recon", "FID recon", 0),
-                              ("total", "total", 1), ("fid_prior", "FID prior", 1)):
-        ranked = sorted((r for r in rows if ("gap" in r) == sweep), key=lambda row: row[key])
-        text = f"- {title}: {ranked[0]['model']} {ranked[0][key]:.2f}"
-        for a, b in zip(ranked, ranked[1:]):
-            spread = math.hypot(*(row.get(f"{key}_std", math.inf) for row in (a, b)))
-            sign = "<" if b[key] - a[key] > 2 * spread else "≈"
-            text += f" {sign} {b['model'].removeprefix('β-VAE ')} {b[key]:.2f}"
-        lines.append(text)
-    return lines
-
-
-def plot_deep(rows, path):
-    """FID against the number of images, and the bound against the number of draws."""
-    figure = Figure((8, 3.6), 120, layout="constrained")
-    left = figure.add_subplot(1, 2, 1, title="FID depends on n: compare equal n only",
-                              xlabel="images n", ylabel="FID(n) - FID(all)", xscale="log")
-    right = figure.add_subplot(1, 2, 2, title="More draws K, a tighter bound", xscale="log",
-                               xlabel="draws K", ylabel="bound on -log p(x), nats")
-    for row, mark in zip(rows, ("o-", "s-", "^-")):
-        sizes = [m for m in SIZES if f"fid_{m}" in row]
-        left.plot(sizes, [row[f"fid_{m}"] - row["fid_prior"] for m in sizes], mark)
-        offset = math.log(10) if row["model"] == "CVAE" else 0  # so that it too bounds -log p(x)
-        right.plot(DRAWS, [row[f"iw_{k}"] + offset for k in DRAWS], mark, label=row["model"])
-    right.legend()
-    write_atomically(path, figure.savefig)
+def draw_models(models, real, path):
+    """Test images, their reconstructions and samples. models: {name: (model, row of the table)}."""
+    torch.manual_seed(0)
+    first, classes = data.one_of_each_class(real.labels)
+    images, labels = real.images[first], real.labels[first]
+    pictures, titles = [images], ["test images"]
+    for name, (model, row) in models.items():
+        pictures.append(decode(model, encode(model, images, labels), labels))
+        titles.append(f"{name}, recon {row['recon']:.1f} nats")
+    for name, (model, row) in models.items():
+        pictures.append(decode(model, torch.randn(len(images), model.latent_dim), labels))
+        titles.append(f"{name}, FID {row['fid_prior']:.2f}")
+    data.image_grid(torch.cat(pictures).view(len(pictures), len(first), 28, 28), path,
+                    "Above: reconstructions. Below: samples from N(0, I)", titles, classes)
 
 
 # ---------------------------------------------------------------- the study
 
-@command
+def find_or_train(entry, seed, args, dataset):
+    """The path of a model's checkpoint. If it is not there, its script trains it now; if it is, it
+    must have been trained by the settings of this study (UserError)."""
+    name = entry.script.__name__
+    flags = ["--data", dataset.source, "--seed", f"{seed}", "--device", args.device,
+             f"--out={args.out}"]
+    if entry.beta is not None:
+        name += f"-beta{entry.beta:g}"
+        flags += ["--betas", f"{entry.beta}", "--train-only"]
+    if args.epochs:
+        flags += ["--epochs", f"{args.epochs}"]
+    parser = entry.script.arguments()
+    wanted = parser.parse_args(flags)
+    name = data.run_name(f"{name}-{dataset.source}-seed{seed}", parser, wanted)
+    path = args.out / f"{name}.pt"
+    if not path.exists():
+        entry.script.main(flags, dataset)
+    meta = data.read_checkpoint(path, entry.script.__name__)
+    if meta["config"] != data.settings(wanted) or meta["source"] != dataset.source:
+        raise data.UserError(f"{path}: trained with {meta['config']} on {meta['source']}, and not"
+                             f" with {data.settings(wanted)}; move it, or choose another --out")
+    return path
+
+
+@data.command
 def main(argv=None):
-    parser = Parser(__doc__)
-    parser.number("--seeds", int, 0, 2**32 - 1, [0], "each trains every model once", nargs="+")
-    parser.number("--epochs", int, 1, 10_000, None, "of all trainings (each script's default)")
+    """Train what is missing, measure, save, print, draw; returns [path of the results]."""
+    parser = data.Parser(__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="each trains all models")
+    parser.add_argument("--epochs", type=int, help="of all trainings, for a trial")
     parser.add_argument("--split", choices=("test", "val"), default="test", help="val: to choose")
-    parser.add_argument("--deep", action="store_true", help="also memorisation, the bias of FID")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (auto)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args(argv)
-    if len(set(args.seeds)) < len(args.seeds):
-        raise UserError(f"--seeds {args.seeds}: name each once, or their spread is too small")
-    if args.deep and args.split == "val":
-        raise UserError("--deep compares with the validation images: leave out --split val")
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")        # not every console has a β
-    device = pick_device(args.device)
-    data = load(args.data)
+    data.check_flags(args)
+    device = data.pick_device(args.device)
+    dataset = data.load(args.data)
     judge, judge_meta = classifier.load_pretrained(device)
-    flags = ["--data", data.source, "--device", args.device, "--out", str(args.out), "--reuse"]
-    flags += ["--epochs", str(args.epochs)] if args.epochs else []
-    paths = {name: [] for name in STUDY}                # for every seed a list of checkpoints
-    for name, module in STUDY.items():
-        for seed in args.seeds:
-            print(f"\n=== {name}, seed {seed}", flush=True)
-            paths[name].append(module.main([*flags, "--seed", str(seed)]))
 
-    print("\n=== metrics", flush=True)
-    start = time.time()
     torch.manual_seed(0)
-    protocol, yardsticks = prepare(data, args.split, judge, device, args.deep)
-    rows = []
-    for name, module in STUDY.items():
-        for runs in zip(*paths[name]):                  # the same model (or beta) under every seed
-            rows.append(average([measure(name, module, path, protocol) for path in runs]))
-            print(f"  {rows[-1]['model']}: {time.time() - start:.0f} s", flush=True)
+    images = {"test": dataset.test_images, "val": dataset.val_images}[args.split]
+    labels = {"test": dataset.test_labels, "val": dataset.val_labels}[args.split]
+    real = Real(images, labels, judge, *classifier.look(judge, images))
+    noisy, _ = classifier.look(judge, torch.rand(images.shape))
+    yardsticks = {
+        "entropy floor": dataset.floor[args.split],
+        "nats to add to the CVAE's total and iw": math.log(10),
+        "fid of halves of the images": frechet_distance(real.features[::2], real.features[1::2]),
+        "fid of noise": frechet_distance(noisy, real.features),
+        "control of real images": controllability(real.judged, labels)[0],
+        "memorised by chance": 1 / (1 + len(images) / len(dataset.train_images))}
+    rows, models, sweep = [], {}, {}                    # models and sweep: of the first seed
+    for entry in STUDY:
+        rows_of_seeds = []
+        for seed in args.seeds:
+            print(f"\n=== {entry.name}, seed {seed}", flush=True)
+            path = find_or_train(entry, seed, args, dataset)
+            model, meta = entry.script.load_model(path, device)
+            row = measure(entry, model, meta, dataset, args.split, real)
+            if entry.beta is None:
+                models.setdefault(entry.name, (model, row))
+            else:
+                analysis = beta_vae.analyse(model.cpu(), images)
+                row |= {key: getattr(analysis, key) for key in ("active", "gap", "null", "beaten")}
+                sweep.setdefault(entry.beta, (model, analysis, row))
+            rows_of_seeds.append(row)
+        rows.append(average(rows_of_seeds))
 
-    results = {"data": data.source, "split": args.split, "device": str(device),
-               "torch": str(torch.__version__), "date": time.strftime("%Y-%m-%d"),
-               "seeds": args.seeds, "epochs": args.epochs,
-               "floor": data.floor[args.split], "judge_sha256": judge_meta["sha256"],
-               "metrics_seconds": time.time() - start, "yardsticks": yardsticks, "rows": rows}
-    trial = (f"-epochs{args.epochs}" if args.epochs else "") + ("-deep" if args.deep else "")
-    seeds = "-".join(map(str, args.seeds))
-    stem = args.out / f"results-{data.source}-{args.split}-seeds{seeds}{trial}"
-    flat = [flatten(row) for row in rows]
-    beta_vae.plot_tradeoff([r for r in flat if "gap" in r], stem.with_name(f"{stem.name}-beta.png"))
-    if args.deep:
-        plot_deep([row for row in flat if row["fid_gmm"]], stem.with_name(f"{stem.name}.png"))
-    text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    markdown = "\n".join(report(results, markdown=True)) + "\n"
-    for name in (stem.name, "results"):                 # results.json is always the latest
-        write_atomically(args.out / f"{name}.json", lambda file: file.write(text.encode()))
-        write_atomically(args.out / f"{name}.md", lambda file: file.write(markdown.encode()))
-    print("", *report(results), f"-> {stem}.json, .md (= results.*), figures beside", sep="\n")
+    results = {"data": dataset.source, "split": args.split, "n": len(images), "seeds": args.seeds,
+               "epochs": args.epochs, "device": str(device), "torch": str(torch.__version__),
+               "date": time.strftime("%Y-%m-%d"), "floor": dataset.floor[args.split],
+               "judge_sha256": judge_meta["sha256"], "yardsticks": yardsticks, "rows": rows}
+    seeds = "-".join(f"{seed}" for seed in args.seeds)
+    name = data.run_name(f"results-{dataset.source}-seeds{seeds}", parser, args)
+    path = args.out / f"{name}.json"
+    data.write_file(path, json.dumps(results, indent=1, allow_nan=False).encode())
+    print("", *report(results), f"-> {path}", sep="\n")
+    draw_models(models, real, args.out / f"{name}-models.png")
+    beta_vae.draw_comparison(sweep, images[:1], args.out / f"{name}-beta")
+    return [path]
 
 
 if __name__ == "__main__":

@@ -1,35 +1,35 @@
-"""Section 2: the variational autoencoder, in its plainest form (an MLP).
+"""Section 2: the variational autoencoder (VAE), in its plainest form.
 
 A VAE (Kingma & Welling 2014, arXiv:1312.6114) supposes that each image x was made in two steps:
-draw z ~ N(0, I), then x ~ p(x | z), a neural network (the decoder). A second network (the encoder)
-guesses which z may have made a given x: q(z | x) = N(mu, diag sigma^2). Both are trained together
-to minimise an upper bound on -log p(x), the negative evidence lower bound (ELBO, their eq. 3):
+draw a few hidden numbers z ~ N(0, I), then draw x ~ p(x | z), where p is a neural network, the
+decoder. A second network, the encoder, looks at an image and guesses which z may have made it:
+q(z | x) = N(mu, diag sigma^2). Both are trained together to minimise an upper bound on -log p(x),
+the negative evidence lower bound (ELBO, their eq. 3):
 
     loss  =  E_q[ -log p(x | z) ]  +  KL( q(z | x) || N(0, I) )
-              recon: nats to describe   |  kl: nats that z
+              recon: nats to describe   |  KL: nats that z
               the image, given z        |  itself costs
 
 Both terms are in nats per image: summed over pixels and over latents, averaged over images.
 
-    python vae.py
+    python vae.py                       # two minutes on two CPU cores
+    python vae.py --latent-dim 2        # draws the map of a latent space that fits on paper
 
-Expect (full data, seed 0): about 2 min on 2 CPU cores; on the test images recon 225.17 (35.31 above
-the floor), KL 12.78, total 237.95. Reconstructions: right shape, but blurred.
-Implementation details, and what they gain on validation after 11 epochs (single runs, seed 0):
-  OneCycle instead of a constant rate of 1e-3: 237.78 instead of 239.51 nats
-  beta2 = 0.99 in Adam instead of 0.999: 237.78 instead of 238.34 nats
-Try: --latent-dim 2, and scatter mu of the test images coloured by label. Or average the BCE over
-the pixels (a common mistake; with --out try): the KL then weighs 784 times too much.
-Left out on purpose: dropout, normalisation layers, learned pixel variance, any trainer class.
+You should see (full data, seed 0) a test total of about 237.95 nats: recon 225.17, which is 35.31
+above the entropy floor, and KL 12.78. Reconstructions have the right shape, but are blurred.
+Two details of the optimizer, and what they gain on validation after 11 epochs (one run, seed 0):
+  OneCycle instead of a constant learning rate of 1e-3: 237.78 instead of 239.51 nats
+  Adam's beta2 = 0.99 instead of 0.999: 237.78 instead of 238.34 nats
+Try: average the BCE over the pixels, a common mistake (with --out try). The KL then weighs 784
+times too much; what do the samples look like?
+Left out on purpose: dropout, normalisation layers, a learned pixel variance, any trainer class.
 """
 import math
 import time
 
 import torch
-from matplotlib.figure import Figure
 
-from data import (CLASSES, Parser, UserError, command, describe, image_grid, load, pick_device,
-                  read_checkpoint, run_path, save_checkpoint, write_atomically)
+import data
 
 # ---------------------------------------------------------------- the model
 
@@ -86,154 +86,161 @@ def elbo_terms(logits, x, mu, logvar):
 
 # ---------------------------------------------------------------- training and testing
 
-def train(model, data, epochs, batch_size, lr, device):
-    """Adam and OneCycle: the learning rate rises to `lr` for 30 % of the steps, then falls to 0
-    (and Adam's beta1 goes from 0.95 to 0.85 and back). Returns one dict an epoch."""
-    x_train, x_val = data.train_images.to(device), data.val_images.to(device)
+def train(model, train_images, val_images, epochs, batch_size, lr):
+    """Minimise the negative ELBO on train_images (N, 1, 28, 28) in [0, 1]; one dict an epoch.
+
+    Adam with OneCycle: the learning rate rises to `lr` for 30 % of the steps, then falls to 0, and
+    Adam's beta1 goes from 0.95 to 0.85 and back. FloatingPointError if the loss is not finite."""
+    if not 0 <= train_images.min() <= train_images.max() <= 1:
+        raise ValueError("pixels must lie in [0, 1], since the loss is a binary cross-entropy")
+    device = next(model.parameters()).device
+    train_images, val_images = train_images.to(device), val_images.to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr, betas=(0.9, 0.99), fused=True)
-    steps = -(-len(x_train) // batch_size)              # rounded up: the last batch is smaller
+    steps = math.ceil(len(train_images) / batch_size)   # in one epoch
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * steps)
     history, start = [], time.time()
     for epoch in range(1, epochs + 1):
         model.train()
-        sums = torch.zeros(2)                           # recon and KL of the whole epoch
-        for step, batch in enumerate(torch.randperm(len(x_train)).split(batch_size), 1):
-            x = x_train[batch.to(device)]               # (B, 1, 28, 28)
+        recon_sum, kl_sum = 0.0, 0.0                    # over all images of the epoch
+        for step, batch in enumerate(torch.randperm(len(train_images)).split(batch_size), 1):
+            x = train_images[batch.to(device)]          # (B, 1, 28, 28)
             logits, mu, logvar = model(x)
             recon, kl = elbo_terms(logits, x, mu, logvar)
             loss = (recon + kl).mean()
             if not torch.isfinite(loss):
-                raise UserError(f"loss is {loss.item()} in epoch {epoch}, step {step}: lower --lr")
+                raise FloatingPointError(f"the loss is {loss.item()} in epoch {epoch}, step {step}:"
+                                         " choose a lower learning rate (--lr)")
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-            sums += torch.stack([recon.sum(), kl.sum()]).detach().cpu()
-        recon, kl = (sums / len(x_train)).tolist()
-        val = test(model, x_val)
-        seconds = time.time() - start
+            recon_sum += recon.sum().item()
+            kl_sum += kl.sum().item()
+        recon, kl = recon_sum / len(train_images), kl_sum / len(train_images)
+        val = test(model, val_images)
         history.append({"recon": recon, "kl": kl, "val_recon": val["recon"], "val_kl": val["kl"]})
-        print(f"epoch {epoch:3}/{epochs}  {describe('train', recon, kl, data.floor)}  "
-              f"{describe('val', val['recon'], val['kl'], data.floor)}  "
+        seconds = time.time() - start
+        print(f"epoch {epoch:3}/{epochs}  "
+              f"train: recon {recon:.2f} KL {kl:.2f} total {recon + kl:.2f}  "
+              f"val: recon {val['recon']:.2f} KL {val['kl']:.2f} total {val['total']:.2f}  "
               f"{seconds:.0f} s, {seconds / epoch * (epochs - epoch):.0f} s left", flush=True)
     return history
 
 
 @torch.no_grad()
 def test(model, images, batch_size=1000):
-    """Mean recon, kl, total of images (N, 1, 28, 28): one posterior sample each, KL unweighted."""
+    """Mean recon, kl and total of images (N, 1, 28, 28): one posterior sample each, full KL."""
     model.eval()
-    sums = torch.zeros(2)
+    device = next(model.parameters()).device
+    recon_sum, kl_sum = 0.0, 0.0
     for x in images.split(batch_size):
+        x = x.to(device)                                # (B, 1, 28, 28)
         logits, mu, logvar = model(x)
         recon, kl = elbo_terms(logits, x, mu, logvar)
-        sums += torch.stack([recon.sum(), kl.sum()]).cpu()
-    recon, kl = (sums / len(images)).tolist()
+        recon_sum += recon.sum().item()
+        kl_sum += kl.sum().item()
+    recon, kl = recon_sum / len(images), kl_sum / len(images)
     return {"recon": recon, "kl": kl, "total": recon + kl}
-
-
-# ---------------------------------------------------------------- beyond the ELBO
-
-DRAWS = (1, 2, 5, 10, 20, 50, 100)                      # K
-
-
-@torch.no_grad()
-def importance_weighted_bound(model, elbo_terms, images, labels=(), draws=100, counts=DRAWS):
-    """{K: upper bound on -log p(x) in nats} (Burda et al. 2016, arXiv:1509.00519, eq. 8).
-
-    log w = log p(x | z) + log p(z) - log q(z | x), and the bound is -mean log( 1/K sum_k w_k ).
-    K = 1 is the negative ELBO. All K (divisors of `draws`) share their draws.
-    images (N, 1, 28, 28); labels: (y,) for a CVAE, else (); elbo_terms: of any script.
-    """
-    log_w = []
-    for _ in range(draws):
-        mu, logvar = model.encode(images, *labels)
-        z = model.reparameterize(mu, logvar)
-        recon, _ = elbo_terms(model.decode(z, *labels), images, mu, logvar)
-        # log p(z) - log q(z | x); both have the same log 2 pi, which cancels
-        log_ratio = 0.5 * ((z - mu).pow(2) / logvar.exp() + logvar - z.pow(2)).sum(1)
-        log_w.append(log_ratio - recon)
-    log_w = torch.stack(log_w, dim=1).cpu().double()    # (N, draws)
-    return {k: -(log_w.unflatten(1, (-1, k)).logsumexp(2) - math.log(k)).mean().item()
-            for k in counts}
 
 
 # ---------------------------------------------------------------- the pictures
 
 @torch.no_grad()
-def show(model, data, device):
-    """One test image of each class and its reconstruction, (10, 28, 28); 80 prior samples."""
-    model.eval()
-    first = [int((data.test_labels == c).nonzero()[0]) for c in range(len(CLASSES))]
-    x = data.test_images[first].to(device)              # (10, 1, 28, 28)
+def draw_pictures(model, dataset, history, stem):
+    """One test image of each class and its reconstruction, samples from the prior, the curves."""
+    device = next(model.parameters()).device
+    first, names = data.one_of_each_class(dataset.test_labels)
+    x = dataset.test_images[first].to(device)           # (10, 1, 28, 28)
     logits, _, _ = model(x)
+    data.image_grid(torch.stack([x[:, 0], logits[:, 0].sigmoid()]),
+                    f"{stem}-reconstructions.png", "Test images and their reconstructions",
+                    ("original", "decoded z"), names)
     z = torch.randn(80, model.latent_dim, device=device)
-    return {"original": x[:, 0].cpu(), "reconstruction": logits[:, 0].sigmoid().cpu(),
-            "sample": model.decode(z)[:, 0].sigmoid().cpu()}
+    data.image_grid(model.decode(z).sigmoid().view(8, 10, 28, 28), f"{stem}-samples.png",
+                    "Decoded draws from the prior N(0, I)")
+    data.plot_curves(history, f"{stem}-curves.png")
 
 
-def pictures(shown, history, path):
-    """Reconstructions, samples from the prior, curves: PNGs beside the checkpoint."""
-    image_grid(torch.stack([shown["original"], shown["reconstruction"]]),
-               path.with_name(f"{path.stem}-reconstructions.png"),
-               "Test images and their reconstructions", ("original", "decoded z"), CLASSES)
-    image_grid(shown["sample"].view(8, 10, 28, 28),
-               path.with_name(f"{path.stem}-samples.png"), "Decoded draws from the prior N(0, I)")
-    plot_curves(history, path.with_name(f"{path.stem}-curves.png"))
-
-
-def plot_curves(history, path):
-    """Recon and KL against epochs, train and validation."""
-    figure = Figure(figsize=(8, 3.2), dpi=120, layout="constrained")
-    epochs = range(1, len(history) + 1)
-    titles = {"recon": "recon, what z does not tell", "kl": "KL, what z tells"}
-    for i, (name, title) in enumerate(titles.items(), 1):
-        axes = figure.add_subplot(1, 2, i, xlabel="epoch", ylabel="nats per image",
-                                  title=f"{title}: {history[-1][f'val_{name}']:.1f}")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.plot(epochs, [h[name] for h in history], "o-", ms=3, label=f"train {name}")
-        axes.plot(epochs, [h[f"val_{name}"] for h in history], "s--", ms=3, label=f"val {name}")
-        axes.legend()
-    write_atomically(path, figure.savefig)
+@torch.no_grad()
+def draw_map(model, dataset, path):
+    """The map of a latent space with two dimensions (Kingma & Welling, figure 4): where the encoder
+    puts the test images, and what the decoder draws at each place."""
+    device = next(model.parameters()).device
+    figure = data.Figure(figsize=(12, 6), dpi=110, layout="constrained")
+    left = figure.add_subplot(1, 2, 1, title="Where the encoder puts the test images (mu)",
+                              xlabel="z1", ylabel="z2", xlim=(-4, 4), ylim=(-4, 4), aspect="equal")
+    mu, _ = model.encode(dataset.test_images.to(device))                    # (N, 2)
+    for c, name in enumerate(data.CLASSES):
+        z1, z2 = mu[dataset.test_labels == c].cpu().T
+        left.scatter(z1, z2, s=3, color=f"C{c}", label=name)
+    left.legend(loc="upper right", fontsize=8, markerscale=3)
+    # Quantiles of N(0, 1) cover the prior evenly: each row and column has the same probability.
+    quantiles = torch.distributions.Normal(0, 1).icdf(torch.linspace(0.025, 0.975, 20))
+    z1 = quantiles.repeat(20)                           # (400,), from left to right in each row
+    z2 = quantiles.flip(0).repeat_interleave(20)        # (400,), the largest z2 in the top row
+    images = model.decode(torch.stack([z1, z2], dim=1).to(device)).sigmoid()
+    ticks = [f"{value:.1f}" for value in quantiles.tolist()]
+    right = figure.add_subplot(1, 2, 2, xlabel="z1", ylabel="z2")
+    data.draw_grid(right, images.view(20, 20, 28, 28), "What the decoder draws at each place",
+                   rows=ticks[::-1], columns=ticks)
+    data.save_figure(figure, path)
 
 
 # ---------------------------------------------------------------- the section
 
+def arguments():
+    """The flags of this script, with their defaults."""
+    parser = data.Parser(__doc__)
+    parser.add_argument("--epochs", type=int, default=18, help="passes over the images")
+    parser.add_argument("--batch-size", type=int, default=128, help="images in one step")
+    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument("--latent-dim", type=int, default=20, help="dimensions of z")
+    parser.add_argument("--seed", type=int, default=0, help="of all random numbers")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    return parser
+
+
 def load_model(path, device="cpu"):
-    """(trained model in eval mode, meta) from a checkpoint; UserError where it does not fit."""
-    meta = read_checkpoint(path, lambda config: VAE(config["latent_dim"]), script="vae")
-    return meta["model"].to(device), meta
+    """(trained model in eval mode, what else its checkpoint holds); UserError if it is unusable."""
+    meta = data.read_checkpoint(path, "vae")
+    model = VAE(meta["config"]["latent_dim"])
+    return data.load_weights(model, meta, path).to(device), meta
 
 
-@command
-def main(argv=None):
-    parser = Parser(__doc__)
-    parser.training(epochs=18, lr=2e-3, latent_dim=20)
+@data.command
+def main(argv=None, dataset=None):
+    """Train, test, save, draw; returns [path of the checkpoint]. dataset: what data.load() gave."""
+    parser = arguments()
     args = parser.parse_args(argv)
+    data.check_flags(args)
+    device = data.pick_device(args.device)
+    dataset = dataset or data.load(args.data)
 
-    device = pick_device(args.device)
-    data = load(args.data)
     torch.manual_seed(args.seed)
     model = VAE(args.latent_dim).to(device)
     print(*(f"{name}={value}" for name, value in vars(args).items()))
-    print(f"device {device}, {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
-    path, config = run_path(parser, args, "vae", data.source, "latent_dim")
-    if args.reuse and path.exists():
-        read_checkpoint(path, config=config, source=data.source, seed=args.seed)
-        print(f"{path} is there: nothing to train")
-        return [path]
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"device {device}, {parameters:,} parameters", flush=True)
     start = time.time()
-    history = train(model, data, args.epochs, args.batch_size, args.lr, device)
+    history = train(model, dataset.train_images, dataset.val_images,
+                    args.epochs, args.batch_size, args.lr)
     torch.manual_seed(args.seed)                        # evaluate.py repeats exactly this test
-    metrics = test(model, data.test_images.to(device)) | {"seconds": time.time() - start}
-    shown = show(model, data, device)
-    save_checkpoint(path, script="vae", config=config, source=data.source, seed=args.seed,
-                    device=str(device), metrics=metrics, state_dict=model.state_dict(),
-                    shown=shown)
-    pictures(shown, history, path)
-    print(f"{describe('test', metrics['recon'], metrics['kl'], data.floor)} nats per image"
-          f" ({data.source}), {metrics['seconds']:.0f} s")
-    print(f"-> {path} and beside it -reconstructions.png, -samples.png, -curves.png")
+    metrics = test(model, dataset.test_images)
+    metrics["seconds"] = time.time() - start
+
+    name = data.run_name(f"vae-{dataset.source}-seed{args.seed}", parser, args)
+    path = args.out / f"{name}.pt"
+    data.save_checkpoint(path, script="vae", config=data.settings(args), source=dataset.source,
+                         seed=args.seed, device=str(device), metrics=metrics,
+                         state_dict=model.state_dict())
+    draw_pictures(model, dataset, history, args.out / name)
+    if args.latent_dim == 2:
+        draw_map(model, dataset, args.out / f"{name}-map.png")
+    excess = metrics["recon"] - dataset.floor["test"]
+    print(f"test ({dataset.source}): recon {metrics['recon']:.2f}, {excess:.2f} above the floor, KL"
+          f" {metrics['kl']:.2f}, total {metrics['total']:.2f} nats per image,"
+          f" {metrics['seconds']:.0f} s")
+    print(f"-> {path} and the pictures {name}-*.png")
     return [path]
 
 
