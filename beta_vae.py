@@ -5,13 +5,14 @@
 A small beta makes z cheap: z then tells much about the image, and the image is drawn precisely. A
 large beta makes z dear: z tells little, and the image is blurred. Each beta is one point of the
 rate-distortion curve (Alemi et al. 2018, arXiv:1711.00464): the rate is the KL, the distortion is
-recon. All betas are *reported* at beta = 1, because totals that are weighted differently cannot be
-compared.
+recon. Each model is trained with its own beta, but for all of them we report recon + KL, since
+totals that are weighted differently cannot be compared.
 
 What does each latent, each dimension of z, learn? Two pictures show it: traversals (decode z while
 one latent moves) and the correlation of each latent with six attributes of the image, such as its
 width. It is often said that a large beta gives each attribute a latent of its own. We measure that
-by a gap, and compare it with a null: the gap of the same codes along random axes.
+by a gap: the best correlation of an attribute minus the second best. Some gap arises by chance, and
+the null tells how much: it is the gap of the same codes after z was rotated at random.
 
     python beta_vae.py                  # six minutes on two CPU cores
 
@@ -33,7 +34,7 @@ ATTRIBUTES = ["ink", "width", "height", "centre", "symmetry", "top"]
 # ---------------------------------------------------------------- the model
 
 class BetaVAE(torch.nn.Module):
-    """784 - 512 - 512 - z and back: images in [0, 1] -> logits, both (B, 1, 28, 28)."""
+    """Images in [0, 1] -> logits, both (B, 1, 28, 28), through z (B, latent_dim). B: batch size."""
 
     def __init__(self, latent_dim=10, hidden=512):
         super().__init__()
@@ -42,21 +43,23 @@ class BetaVAE(torch.nn.Module):
             torch.nn.Flatten(),
             torch.nn.Linear(784, hidden), torch.nn.GELU(),
             torch.nn.Linear(hidden, hidden), torch.nn.GELU(),
-            torch.nn.Linear(hidden, 2 * latent_dim),    # mu and log sigma^2
+            torch.nn.Linear(hidden, 2 * latent_dim),    # mu and log sigma^2 of each latent
         )
         self.decoder = torch.nn.Sequential(
             torch.nn.Linear(latent_dim, hidden), torch.nn.GELU(),
             torch.nn.Linear(hidden, hidden), torch.nn.GELU(),
-            torch.nn.Linear(hidden, 784),               # one logit a pixel
+            torch.nn.Linear(hidden, 784),               # one logit per pixel
         )
 
     def encode(self, x):
-        """q(z | x): x (B, 1, 28, 28) -> mu, logvar, each (B, latent_dim); logvar = log sigma^2."""
+        """q(z | x): x (B, 1, 28, 28) -> mu, logvar, each (B, latent_dim). logvar is log sigma^2,
+        because a network may put out any number, but sigma^2 must be positive."""
         mu, logvar = self.encoder(x).chunk(2, dim=1)
         return mu, logvar
 
     def reparameterize(self, mu, logvar):
-        """z = mu + sigma * eps with eps ~ N(0, I): random, yet differentiable in mu and sigma."""
+        """A draw of z ~ N(mu, sigma^2) through which gradients flow. A draw has no derivative; so
+        the randomness is put into eps ~ N(0, I), and z = mu + sigma * eps is plain arithmetic."""
         eps = torch.randn_like(mu)                      # (B, latent_dim)
         return mu + torch.exp(0.5 * logvar) * eps       # sigma = exp(log sigma^2 / 2)
 
@@ -76,9 +79,10 @@ def elbo_terms(logits, x, mu, logvar):
     """The two parts of the negative ELBO (Kingma & Welling, eq. 10) in nats: sums, never means,
     over pixels and latents. logits, x (B, 1, 28, 28), mu, logvar (B, latent_dim) -> (B,) each."""
     # recon = -log p(x | z) = -sum_i [ x_i log p_i + (1 - x_i) log(1 - p_i) ],  p = sigmoid(logits)
+    # (exact for pixels 0 and 1; of grey pixels, a share x_i counts as white and the rest as black)
     recon = torch.nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="none")
     recon = recon.flatten(1).sum(1)                                         # (B,)
-    # kl = 1/2 sum_d [ mu_d^2 + sigma_d^2 - log sigma_d^2 - 1 ]
+    # kl = 1/2 sum_d [ mu_d^2 + sigma_d^2 - log sigma_d^2 - 1 ], the closed form for two Gaussians
     kl = 0.5 * (mu.pow(2) + logvar.exp() - logvar - 1).sum(1)               # (B,)
     return recon, kl
 
@@ -86,10 +90,11 @@ def elbo_terms(logits, x, mu, logvar):
 # ---------------------------------------------------------------- training and testing
 
 def train(model, train_images, val_images, epochs, batch_size, lr, beta):
-    """Minimise recon + beta KL on train_images (N, 1, 28, 28) in [0, 1]; one dict an epoch.
+    """Minimise recon + beta KL on train_images (N, 1, 28, 28) in [0, 1]. Returns the history, a
+    list with a dict for each epoch. FloatingPointError if the loss is not finite.
 
-    Adam with OneCycle: the learning rate rises to `lr` for 30 % of the steps, then falls to 0, and
-    Adam's beta1 goes from 0.95 to 0.85 and back. FloatingPointError if the loss is not finite."""
+    Adam with OneCycle: the learning rate rises from lr / 25 to lr in the first 30 % of all steps,
+    then falls almost to 0; meanwhile Adam's beta1 goes from 0.95 to 0.85 and back."""
     if not 0 <= train_images.min() <= train_images.max() <= 1:
         raise ValueError("pixels must lie in [0, 1], since the loss is a binary cross-entropy")
     device = next(model.parameters()).device
@@ -101,8 +106,9 @@ def train(model, train_images, val_images, epochs, batch_size, lr, beta):
     for epoch in range(1, epochs + 1):
         model.train()
         recon_sum, kl_sum = 0.0, 0.0                    # over all images of the epoch
-        for step, batch in enumerate(torch.randperm(len(train_images)).split(batch_size), 1):
-            x = train_images[batch.to(device)]          # (B, 1, 28, 28)
+        order = torch.randperm(len(train_images))
+        for step, indices in enumerate(order.split(batch_size), 1):
+            x = train_images[indices.to(device)]        # (B, 1, 28, 28)
             logits, mu, logvar = model(x)
             recon, kl = elbo_terms(logits, x, mu, logvar)
             loss = (recon + beta * kl).mean()           # the one change in the loop
@@ -115,12 +121,13 @@ def train(model, train_images, val_images, epochs, batch_size, lr, beta):
             schedule.step()
             recon_sum += recon.sum().item()
             kl_sum += kl.sum().item()
-        recon, kl = recon_sum / len(train_images), kl_sum / len(train_images)
+        mean_recon, mean_kl = recon_sum / len(train_images), kl_sum / len(train_images)
         val = test(model, val_images)
-        history.append({"recon": recon, "kl": kl, "val_recon": val["recon"], "val_kl": val["kl"]})
+        history.append({"recon": mean_recon, "kl": mean_kl,
+                        "val_recon": val["recon"], "val_kl": val["kl"]})
         seconds = time.time() - start
         print(f"epoch {epoch:3}/{epochs}  "
-              f"train: recon {recon:.2f} KL {kl:.2f} total {recon + kl:.2f}  "
+              f"train: recon {mean_recon:.2f} KL {mean_kl:.2f} total {mean_recon + mean_kl:.2f}  "
               f"val: recon {val['recon']:.2f} KL {val['kl']:.2f} total {val['total']:.2f}  "
               f"{seconds:.0f} s, {seconds / epoch * (epochs - epoch):.0f} s left", flush=True)
     return history
@@ -128,7 +135,8 @@ def train(model, train_images, val_images, epochs, batch_size, lr, beta):
 
 @torch.no_grad()
 def test(model, images, batch_size=1000):
-    """Mean recon, kl and total of images (N, 1, 28, 28): one posterior sample each, full KL."""
+    """The mean recon, kl and total of images (N, 1, 28, 28). Draws one z for each image from the
+    posterior q(z | x), not its mean; the KL has weight 1, however the model was trained."""
     model.eval()
     device = next(model.parameters()).device
     recon_sum, kl_sum = 0.0, 0.0
@@ -138,8 +146,8 @@ def test(model, images, batch_size=1000):
         recon, kl = elbo_terms(logits, x, mu, logvar)
         recon_sum += recon.sum().item()
         kl_sum += kl.sum().item()
-    recon, kl = recon_sum / len(images), kl_sum / len(images)
-    return {"recon": recon, "kl": kl, "total": recon + kl}
+    mean_recon, mean_kl = recon_sum / len(images), kl_sum / len(images)
+    return {"recon": mean_recon, "kl": mean_kl, "total": mean_recon + mean_kl}
 
 
 # ---------------------------------------------------------------- what the latents learned
@@ -178,9 +186,9 @@ def ranks(values):
     """The rank of each number within its column, equal numbers sharing one: (N, K) -> (N, K)."""
     columns = values.T.contiguous()                     # (K, N)
     ordered = columns.sort(dim=1).values
-    smaller = torch.searchsorted(ordered, columns)
+    smaller = torch.searchsorted(ordered, columns)      # how many numbers are smaller
     smaller_or_equal = torch.searchsorted(ordered, columns, right=True)
-    return (smaller + smaller_or_equal).T.double() / 2
+    return (smaller + smaller_or_equal).T.double() / 2  # the middle of those that are equal
 
 
 def rank_correlation(a, b):
@@ -195,7 +203,8 @@ def rank_correlation(a, b):
 def gap(rho):
     """Does one latent alone stand for an attribute? The largest |rho| minus the second largest,
     averaged over the attributes: rho (D, K) -> a number from 0 to 1. It follows the mutual
-    information gap, MIG (Chen et al. 2018, arXiv:1802.04942, eq. 6), with |rho| in place of I."""
+    information gap, MIG (Chen et al. 2018, arXiv:1802.04942, eq. 6), with |rank correlation| in
+    place of the mutual information."""
     if len(rho) == 0:
         return 0.0
     ordered = rho.sort(dim=0, descending=True).values   # (D, K), the largest first
@@ -215,9 +224,10 @@ def rotated_gaps(mu, values, rotations=20):
     return torch.tensor(gaps)
 
 
-# active: how many latents are; gap: see above; null: the mean gap along random axes; beaten: the
-# share of those with a smaller gap; kl (D,): nats of each latent; latents: the active ones, the
-# largest KL first; rho (active, 6): |rho| of each of them with each attribute
+# active: how many latents are (a float, because seeds will be averaged); gap: see above; null: the
+# mean gap along random axes; beaten: the share of those with a smaller gap (0 if fewer than two
+# latents are active: there is nothing to rotate); kl (D,): nats of each latent; latents: the active
+# ones, the largest KL first; rho (active, 6): |rho| of each of them with each attribute
 Analysis = namedtuple("Analysis", "active gap null beaten kl latents rho")
 
 
@@ -226,8 +236,8 @@ def analyse(model, images):
     """What the latents of a model learned, as an Analysis; all on the CPU. (N, 1, 28, 28)."""
     mu, logvar = model.encode(images)                                       # (N, D)
     kl = 0.5 * (mu.pow(2) + logvar.exp() - logvar - 1).mean(0)              # (D,)
-    active = is_active(mu)
-    latents = [d for d in kl.argsort(descending=True).tolist() if active[d]]
+    is_on = is_active(mu)                                                   # (D,)
+    latents = [d for d in kl.argsort(descending=True).tolist() if is_on[d]]
     values = attributes(images)
     rho = rank_correlation(mu[:, latents], values)                          # (active, 6)
     null = rotated_gaps(mu[:, latents], values)
@@ -243,13 +253,14 @@ def plot_tradeoff(sweep, path):
     axes = figure.add_subplot(title="A small beta lets z tell more, so images are sharper",
                               xlabel="rate: KL, nats", xmargin=0.15,
                               ylabel="distortion: recon above the floor, nats")
-    kl = [figures["kl"] for _, _, figures in sweep.values()]
-    excess = [figures["excess"] for _, _, figures in sweep.values()]
+    kl = [metrics["kl"] for _, _, metrics in sweep.values()]
+    excess = [metrics["excess"] for _, _, metrics in sweep.values()]
     axes.plot(kl, excess, "o-")
     for i, beta in enumerate(sweep):
         axes.annotate(f"beta {beta:g}", (kl[i], excess[i]), (9, 2), textcoords="offset points")
-    axes.axline(min(zip(kl, excess), key=sum), slope=-1, ls="--", color="gray",
-                label="equal total, the lowest of these")
+    best = min(range(len(kl)), key=lambda i: kl[i] + excess[i])
+    axes.axline((kl[best], excess[best]), slope=-1, ls="--", color="gray",
+                label="all with the lowest total of these")
     axes.legend()
     data.save_figure(figure, path)
 
@@ -297,11 +308,11 @@ def draw_attributes(sweep, path):
 
 
 def draw_comparison(sweep, image, stem):
-    """The pictures of a sweep, {beta: (model, its Analysis, its figures)}; those of latents for at
+    """The pictures of a sweep, {beta: (model, its Analysis, its metrics)}; those of latents for at
     most four betas. stem: the start of their names."""
     plot_tradeoff(sweep, f"{stem}-tradeoff.png")
-    shown = list(sweep) if len(sweep) <= 4 else list(sweep)[::2]
-    some = {beta: sweep[beta] for beta in shown}
+    step = math.ceil(len(sweep) / 4)
+    some = {beta: sweep[beta] for beta in list(sweep)[::step]}
     draw_traversals(some, image, f"{stem}-traversals.png")
     draw_attributes(some, f"{stem}-attributes.png")
     print(f"-> {stem}-tradeoff.png, -traversals.png, -attributes.png")
@@ -350,15 +361,16 @@ def main(argv=None, dataset=None):
         start = time.time()
         train(model, dataset.train_images, dataset.val_images,
               args.epochs, args.batch_size, args.lr, beta)
-        torch.manual_seed(args.seed)                    # evaluate.py repeats exactly this test
+        torch.manual_seed(args.seed)                    # so that evaluate.py can repeat this test
         metrics = test(model, dataset.test_images)
         metrics["seconds"] = time.time() - start
-        start = f"beta_vae-beta{beta:g}-{dataset.source}-seed{args.seed}"
-        paths.append(args.out / f"{data.run_name(start, parser, args)}.pt")
+        name = f"beta_vae-beta{beta:g}-{dataset.source}-seed{args.seed}"
+        paths.append(args.out / f"{data.run_name(name, parser, args)}.pt")
         data.save_checkpoint(paths[-1], script="beta_vae", config=data.settings(args), beta=beta,
                              source=dataset.source, seed=args.seed, device=str(device),
                              metrics=metrics, state_dict=model.state_dict())
-        metrics["excess"] = metrics["recon"] - dataset.floor["test"]
+        floor = data.pixel_entropy(dataset.test_images).mean().item()
+        metrics["excess"] = metrics["recon"] - floor
         print(f"test ({dataset.source}), beta {beta:g}: recon {metrics['recon']:.2f},"
               f" {metrics['excess']:.2f} above the floor, KL {metrics['kl']:.2f}, total"
               f" {metrics['total']:.2f} nats per image, {metrics['seconds']:.0f} s")
@@ -367,7 +379,8 @@ def main(argv=None, dataset=None):
     if args.train_only:
         return paths
 
-    print(f"test ({dataset.source}), nats per image at beta = 1\n"
+    print(f"test ({dataset.source}), total = recon + KL; active: latents that say something;\n"
+          "gap, null: see --help; beaten: share of the random axes with a smaller gap\n"
           "beta       recon      KL   total  active     gap    null  beaten")
     sweep = {}
     for beta, (model, metrics) in trained.items():

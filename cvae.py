@@ -1,25 +1,28 @@
 """Section 5: the conditional VAE (CVAE): ask for a class, and z is left with the style.
 
 Encoder and decoder are both told the label y (Kingma et al. 2014, arXiv:1406.5298, model M2; Sohn
-et al. 2015, NeurIPS, eq. 4: their x is our y, and their prior is learned). The loss is that of
-section 2, with everything given y:
+et al. 2015, NeurIPS, eq. 4, where x is what is given and y what is drawn, and the prior is learned;
+ours stays N(0, I)). The loss is that of section 2, with everything given y:
 
     loss  =  E_q(z | x, y)[ -log p(x | z, y) ]  +  KL( q(z | x, y) || N(0, I) )
 
 The encoder sees y as ten constant planes beside the patches of the image, one of them 1 and the
-others 0; the decoder sees it as a one-hot vector beside z. As y is known, z need not tell the class
-again. So the same z with another y is the same style in another class.
-The total bounds -log p(x | y), not -log p(x). To compare it with that of a VAE, add log 10 = 2.30
-nats, the price of the label: -log p(x) <= -log p(x | y) + log 10.
+others 0; the decoder sees it as a one-hot vector beside z. To tell the class in z as well would
+cost KL and gain nothing, since the decoder knows y. So z is left with what y does not say, the
+style: brightness, width, sleeves. The same z with another y is the same style in another class.
+
+The total bounds -log p(x | y), not -log p(x). As p(x) is at least p(y) p(x | y) with p(y) = 1/10,
+-log p(x) <= -log p(x | y) + log 10: add log 10 = 2.30 nats to compare it with the total of a VAE.
 
     python cvae.py                      # five minutes on two CPU cores
 
 You should see (full data, seed 0) a test total of about 232.35 nats: recon 219.50, which is 29.64
-above the entropy floor, and KL 12.85. With log 10 it is 234.65, still below that of section 3.
+above the entropy floor, and KL 12.85. With log 10 it is 234.65, still below that of section 3 (from
+which it also differs by a z of 20, one dense layer less, and no warm-up).
 Try (with --out try): leave y out of the decoder. Who has to tell the class then?
-Left out on purpose: a learned prior p(z | y), a classifier term in the loss, guidance. Scaling and
-shifting the channels by the label (FiLM: Perez et al. 2018, arXiv:1709.07871) did not pay: 231.90
-nats with it and 231.97 without, on validation after 9 epochs of seed 0.
+Left out on purpose: a learned prior p(z | y), a classifier term in the loss. Scaling and shifting
+the channels by the label (FiLM: Perez et al. 2018, arXiv:1709.07871) did not pay: 231.90 nats with
+it and 231.97 without, on validation after 9 epochs of seed 0.
 """
 import math
 import time
@@ -44,8 +47,8 @@ class Residual(torch.nn.Module):
 
 
 class CVAE(torch.nn.Module):
-    """The network of conv_vae.py, told the label, with z as small as in vae.py and one dense layer
-    less: images (B, 1, 28, 28), labels (B,) -> logits (B, 1, 28, 28)."""
+    """Images in [0, 1] (B, 1, 28, 28), labels (B,) -> logits (B, 1, 28, 28). B: batch size. The
+    network of conv_vae.py, but told the label, with a smaller z and one dense layer less."""
 
     def __init__(self, latent_dim=20, channels=64):
         super().__init__()
@@ -54,7 +57,7 @@ class CVAE(torch.nn.Module):
             torch.nn.Conv2d(16 + 10, channels, 3, padding=1), torch.nn.GELU(),  # (B, 64, 7, 7)
             torch.nn.Flatten(),
             torch.nn.Linear(channels * 7 * 7, 512), torch.nn.GELU(),
-            torch.nn.Linear(512, 2 * latent_dim),       # mu and log sigma^2
+            torch.nn.Linear(512, 2 * latent_dim),       # mu and log sigma^2 of each latent
         )
         self.decoder = torch.nn.Sequential(
             torch.nn.Linear(latent_dim + 10, 512), torch.nn.GELU(),
@@ -62,19 +65,21 @@ class CVAE(torch.nn.Module):
             torch.nn.Unflatten(1, (channels, 7, 7)),
             Residual(channels), torch.nn.GELU(),        # (B, 64, 7, 7)
             torch.nn.Conv2d(channels, 16, 3, padding=1),
-            torch.nn.PixelShuffle(4),                   # (B, 1, 28, 28): one logit a pixel
+            torch.nn.PixelShuffle(4),                   # (B, 1, 28, 28): one logit per pixel
         )
 
     def encode(self, x, y):
         """q(z | x, y): x (B, 1, 28, 28), y (B,) -> mu, logvar, each (B, latent_dim)."""
         patches = torch.nn.functional.pixel_unshuffle(x, 4)                 # (B, 16, 7, 7)
         label = torch.nn.functional.one_hot(y, 10).to(x.dtype)              # (B, 10)
+        # each of the ten numbers becomes a plane: (B, 10, 1, 1), repeated over 7 x 7 patches
         planes = label[:, :, None, None].expand(-1, -1, 7, 7)               # (B, 10, 7, 7)
         mu, logvar = self.encoder(torch.cat([patches, planes], dim=1)).chunk(2, dim=1)
         return mu, logvar
 
     def reparameterize(self, mu, logvar):
-        """z = mu + sigma * eps with eps ~ N(0, I): random, yet differentiable in mu and sigma."""
+        """A draw of z ~ N(mu, sigma^2) through which gradients flow. A draw has no derivative; so
+        the randomness is put into eps ~ N(0, I), and z = mu + sigma * eps is plain arithmetic."""
         eps = torch.randn_like(mu)                      # (B, latent_dim)
         return mu + torch.exp(0.5 * logvar) * eps       # sigma = exp(log sigma^2 / 2)
 
@@ -95,9 +100,10 @@ def elbo_terms(logits, x, mu, logvar):
     """The two parts of the negative ELBO (Kingma & Welling, eq. 10) in nats: sums, never means,
     over pixels and latents. logits, x (B, 1, 28, 28), mu, logvar (B, latent_dim) -> (B,) each."""
     # recon = -log p(x | z) = -sum_i [ x_i log p_i + (1 - x_i) log(1 - p_i) ],  p = sigmoid(logits)
+    # (exact for pixels 0 and 1; of grey pixels, a share x_i counts as white and the rest as black)
     recon = torch.nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="none")
     recon = recon.flatten(1).sum(1)                                         # (B,)
-    # kl = 1/2 sum_d [ mu_d^2 + sigma_d^2 - log sigma_d^2 - 1 ]
+    # kl = 1/2 sum_d [ mu_d^2 + sigma_d^2 - log sigma_d^2 - 1 ], the closed form for two Gaussians
     kl = 0.5 * (mu.pow(2) + logvar.exp() - logvar - 1).sum(1)               # (B,)
     return recon, kl
 
@@ -106,12 +112,12 @@ def elbo_terms(logits, x, mu, logvar):
 
 def train(model, train_images, train_labels, val_images, val_labels, epochs, batch_size, lr,
           bf16=False):
-    """Minimise the negative ELBO on train_images (N, 1, 28, 28) in [0, 1] with train_labels (N,);
-    one dict an epoch.
+    """Minimise the negative ELBO on train_images (N, 1, 28, 28) in [0, 1], train_labels (N,).
+    Returns the history, a list with a dict for each epoch. FloatingPointError if the loss is not
+    finite. bf16: compute in bfloat16.
 
-    Adam with OneCycle: the learning rate rises to `lr` for 30 % of the steps, then falls to 0, and
-    Adam's beta1 goes from 0.95 to 0.85 and back. bf16 computes the network in bfloat16.
-    FloatingPointError if the loss is not finite."""
+    Adam with OneCycle: the learning rate rises from lr / 25 to lr in the first 30 % of all steps,
+    then falls almost to 0; meanwhile Adam's beta1 goes from 0.95 to 0.85 and back."""
     if not 0 <= train_images.min() <= train_images.max() <= 1:
         raise ValueError("pixels must lie in [0, 1], since the loss is a binary cross-entropy")
     device = next(model.parameters()).device
@@ -123,9 +129,11 @@ def train(model, train_images, train_labels, val_images, val_labels, epochs, bat
     for epoch in range(1, epochs + 1):
         model.train()
         recon_sum, kl_sum = 0.0, 0.0                    # over all images of the epoch
-        for step, batch in enumerate(torch.randperm(len(train_images)).split(batch_size), 1):
-            batch = batch.to(device)
-            x, y = train_images[batch], train_labels[batch]                 # (B, 1, 28, 28), (B,)
+        order = torch.randperm(len(train_images))
+        for step, indices in enumerate(order.split(batch_size), 1):
+            x = train_images[indices.to(device)]        # (B, 1, 28, 28)
+            y = train_labels[indices.to(device)]        # (B,)
+            # the network in bfloat16, which is faster, and the loss in float32, which is exact
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 logits, mu, logvar = model(x, y)
             recon, kl = elbo_terms(logits.float(), x, mu.float(), logvar.float())
@@ -139,12 +147,13 @@ def train(model, train_images, train_labels, val_images, val_labels, epochs, bat
             schedule.step()
             recon_sum += recon.sum().item()
             kl_sum += kl.sum().item()
-        recon, kl = recon_sum / len(train_images), kl_sum / len(train_images)
+        mean_recon, mean_kl = recon_sum / len(train_images), kl_sum / len(train_images)
         val = test(model, val_images, val_labels)
-        history.append({"recon": recon, "kl": kl, "val_recon": val["recon"], "val_kl": val["kl"]})
+        history.append({"recon": mean_recon, "kl": mean_kl,
+                        "val_recon": val["recon"], "val_kl": val["kl"]})
         seconds = time.time() - start
         print(f"epoch {epoch:3}/{epochs}  "
-              f"train: recon {recon:.2f} KL {kl:.2f} total {recon + kl:.2f}  "
+              f"train: recon {mean_recon:.2f} KL {mean_kl:.2f} total {mean_recon + mean_kl:.2f}  "
               f"val: recon {val['recon']:.2f} KL {val['kl']:.2f} total {val['total']:.2f}  "
               f"{seconds:.0f} s, {seconds / epoch * (epochs - epoch):.0f} s left", flush=True)
     return history
@@ -152,7 +161,8 @@ def train(model, train_images, train_labels, val_images, val_labels, epochs, bat
 
 @torch.no_grad()
 def test(model, images, labels, batch_size=1000):
-    """Mean recon, kl and total of images (N, 1, 28, 28): one posterior sample each, full KL."""
+    """The mean recon, kl and total of images (N, 1, 28, 28), labels (N,). Draws one z for each
+    image from the posterior q(z | x, y), not its mean; the KL has weight 1."""
     model.eval()
     device = next(model.parameters()).device
     recon_sum, kl_sum = 0.0, 0.0
@@ -162,8 +172,8 @@ def test(model, images, labels, batch_size=1000):
         recon, kl = elbo_terms(logits, x, mu, logvar)
         recon_sum += recon.sum().item()
         kl_sum += kl.sum().item()
-    recon, kl = recon_sum / len(images), kl_sum / len(images)
-    return {"recon": recon, "kl": kl, "total": recon + kl}
+    mean_recon, mean_kl = recon_sum / len(images), kl_sum / len(images)
+    return {"recon": mean_recon, "kl": mean_kl, "total": mean_recon + mean_kl}
 
 
 # ---------------------------------------------------------------- the pictures
@@ -182,20 +192,21 @@ def draw_pictures(model, dataset, history, stem):
                     ("original", "decoded z"), names)
 
     classes = torch.arange(10, device=device)
+    each_row = classes.repeat(8)                        # (80,): 0 1 2 ... 9, eight times
     z = torch.randn(80, model.latent_dim, device=device)
-    samples = model.decode(z, classes.repeat(8)).sigmoid()
+    samples = model.decode(z, each_row).sigmoid()
     data.image_grid(samples.view(8, 10, 28, 28), f"{stem}-samples.png",
                     "z ~ N(0, I), and the class that was asked for", columns=data.CLASSES)
-    z = z[:8].repeat_interleave(10, dim=0)              # one z a row, for all ten classes
-    styles = model.decode(z, classes.repeat(8)).sigmoid()
+    z_styles = z[:8].repeat_interleave(10, dim=0)       # (80, latent_dim): one z in each row
+    styles = model.decode(z_styles, each_row).sigmoid()
     data.image_grid(styles.view(8, 10, 28, 28), f"{stem}-styles.png",
-                    "One style z a row, one class a column", columns=data.CLASSES)
+                    "Each row: one style z. Each column: one class", columns=data.CLASSES)
 
-    z = mu.repeat_interleave(10, dim=0)                 # the code of a real image a row
-    swapped = model.decode(z, classes.repeat(len(x))).sigmoid().view(len(x), 10, 28, 28)
-    data.image_grid(torch.cat([x, swapped], dim=1), f"{stem}-swaps.png",
-                    "Left a real image, then its style in every class", names,
-                    ("real", *data.CLASSES))
+    z_real = mu.repeat_interleave(10, dim=0)            # the code of one real image in each row
+    swapped = model.decode(z_real, classes.repeat(len(x))).sigmoid()
+    rows = torch.cat([x, swapped.view(len(x), 10, 28, 28)], dim=1)          # (10, 11, 28, 28)
+    data.image_grid(rows, f"{stem}-swaps.png", "Left a real image, then its style in every class",
+                    names, ("real", *data.CLASSES))
     data.plot_curves(history, f"{stem}-curves.png")
 
 
@@ -241,7 +252,7 @@ def main(argv=None, dataset=None):
     history = train(model, dataset.train_images, dataset.train_labels,
                     dataset.val_images, dataset.val_labels,
                     args.epochs, args.batch_size, args.lr, bf16)
-    torch.manual_seed(args.seed)                        # evaluate.py repeats exactly this test
+    torch.manual_seed(args.seed)                        # so that evaluate.py can repeat this test
     metrics = test(model, dataset.test_images, dataset.test_labels)
     metrics["seconds"] = time.time() - start
 
@@ -251,8 +262,9 @@ def main(argv=None, dataset=None):
                          seed=args.seed, device=str(device), bf16=bf16, metrics=metrics,
                          state_dict=model.state_dict())
     draw_pictures(model, dataset, history, args.out / name)
-    excess = metrics["recon"] - dataset.floor["test"]
-    print(f"test ({dataset.source}): recon {metrics['recon']:.2f}, {excess:.2f} above the floor, KL"
+    floor = data.pixel_entropy(dataset.test_images).mean().item()
+    print(f"test ({dataset.source}): recon {metrics['recon']:.2f},"
+          f" {metrics['recon'] - floor:.2f} above the floor, KL"
           f" {metrics['kl']:.2f}, total {metrics['total']:.2f} nats per image,"
           f" {metrics['seconds']:.0f} s")
     print(f"total + log 10 = {metrics['total'] + math.log(10):.2f}, to compare with a VAE")

@@ -1,14 +1,13 @@
 """Section 1: Fashion-MNIST, looked at before anything is trained on it.
 
-Fashion-MNIST (Xiao, Rasul & Vollgraf 2017, arXiv:1708.07747) is 70,000 images of clothes, each of
-28 x 28 grey pixels and one of ten classes. We keep the pixels in [0, 1] and never standardise them,
-because the loss of every VAE here is a binary cross-entropy, which needs targets in [0, 1]:
+Fashion-MNIST (Xiao, Rasul & Vollgraf 2017, arXiv:1708.07747) is 70,000 images of clothes, 28 x 28
+grey pixels each, in ten classes. We keep the pixels in [0, 1] and never standardise them, because
+the loss of every VAE here is a binary cross-entropy, which needs targets in [0, 1]:
 
     BCE(x, p) = - sum_i [ x_i log p_i + (1 - x_i) log(1 - p_i) ]          nats per image
 
-For grey pixels even the perfect prediction p = x costs more than 0: it costs the pixel entropy,
-BCE(x, x). We call its mean over the images the entropy floor. The other scripts print how far above
-the floor their reconstructions are.
+For grey pixels even the perfect prediction p = x costs more than 0: the pixel entropy, BCE(x, x).
+Its mean over the images is the entropy floor; the other scripts print how far above it they are.
 
     python data.py            # takes seconds and writes two figures to runs/
 
@@ -16,6 +15,7 @@ You should see 55,000 / 5,000 / 10,000 images for training, validation and test,
 equally often, and half of all pixels exactly 0. Try: what is the floor of `images.round()`?
 """
 import argparse
+import functools
 import gzip
 import hashlib
 import io
@@ -28,7 +28,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
+
+try:
+    from matplotlib.figure import Figure
+except ValueError:  # $MPLBACKEND names what is not installed here; our pictures need no backend
+    del os.environ["MPLBACKEND"]
+    from matplotlib.figure import Figure
 
 CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
            "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
@@ -47,10 +52,9 @@ MIRRORS = (
 FOLDERS = (Path("fashion-mnist"), Path("/usr/share/datasets/fashion-mnist"))  # ours, Debian's
 SAMPLE = Path(__file__).resolve().parent / "assets" / "fashion-mnist-sample.npz"
 
-# images: float32 (N, 1, 28, 28) in [0, 1]; labels: int64 (N,); source: "full" or "sample";
-# floor: {"train": the mean pixel entropy in nats, "val": ..., "test": ...}
+# images: float32 (N, 1, 28, 28) in [0, 1]; labels: int64 (N,); source: "full" or "sample"
 FashionMNIST = namedtuple("FashionMNIST", "train_images train_labels val_images val_labels "
-                          "test_images test_labels source floor")
+                          "test_images test_labels source")
 
 
 class UserError(ValueError):
@@ -83,7 +87,7 @@ def download(name, folder):
         url = f"{mirror}{name}.gz"
         try:
             with urllib.request.urlopen(url, timeout=10) as reply:
-                print(f"{url}: {reply.length or '?'} bytes to come", file=sys.stderr)
+                print(f"downloading {url}", file=sys.stderr)
                 raw = reply.read()
             unpack(raw, name, "the reply")
         except Exception as error:  # whatever a network can do means the same: the next mirror
@@ -149,40 +153,40 @@ def load(source="auto"):
         print("!" * 80, "!! NO DATA SET, NO NETWORK: using the embedded SAMPLE (8,000 images)",
               "!" * 80, sep="\n", file=sys.stderr)
         used, arrays = "sample", read_sample()
-    tensors, floor = [], {}
-    for i, split in enumerate(("train", "val", "test")):
-        images, labels = arrays[2 * i], arrays[2 * i + 1]
+    tensors = []
+    for split, images, labels in zip(("train", "val", "test"), arrays[::2], arrays[1::2]):
         # / 255 and nothing else: the loss needs pixels in [0, 1]
         images = torch.from_numpy(images[:, None] / np.float32(255))        # (N, 1, 28, 28)
         labels = torch.from_numpy(labels.astype(np.int64))                  # (N,)
         tensors += [images, labels]
-        floor[split] = pixel_entropy(images).mean().item()
-        print(f"data {used} {split}: {len(images):,} images, entropy floor {floor[split]:.2f} nats")
-    return FashionMNIST(*tensors, used, floor)
+        floor = pixel_entropy(images).mean()
+        print(f"data {used} {split}: {len(images):,} images, entropy floor {floor:.2f} nats")
+    return FashionMNIST(*tensors, used)
 
 
 # ================================================================ helpers that are not the lesson
 
 def command(main):
     """Decorate main(argv): a user's mistake ends in one line with exit code 2, Ctrl-C with 130."""
-    def fail(message, code):
-        print(f"error: {message}".replace("\n", " "), file=sys.stderr)
-        sys.exit(code)
-
-    def wrapped(argv=None, *more):
+    @functools.wraps(main)
+    def wrapped(argv=None, **more):
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="replace")    # not every console can print every letter
         try:
             if isinstance(argv, str):
                 raise UserError('main() takes a list of words, such as main(["--epochs", "3"])')
-            return main(argv, *more)
+            if torch.get_default_dtype() != torch.float32:
+                raise UserError("call torch.set_default_dtype(torch.float32) first: images have it")
+            return main(argv, **more)
         except (UserError, FloatingPointError) as error:
-            fail(error, 2)
+            message, code = error, 2
         except KeyboardInterrupt:
-            fail("interrupted: what was being computed is lost, files written before are kept", 130)
+            message, code = "interrupted: this training is lost, files written before are kept", 130
         except BrokenPipeError:                         # as in `python vae.py | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
+        print(f"error: {message}".replace("\n", " "), file=sys.stderr)
+        sys.exit(code)
     return wrapped
 
 
@@ -233,8 +237,7 @@ def settings(args):
 
 
 def run_name(start, parser, args):
-    """start, and every setting that is not its default in plain words (vae-full-seed0-epochs3), so
-    that a trial never replaces the real run."""
+    """start, then every setting that is not its default, so that no trial replaces the real run."""
     for name, value in settings(args).items():
         if value != parser.get_default(name):
             start += f"-{name.replace('_', '-')}{value}"
@@ -261,18 +264,15 @@ def pick_bf16(choice, device):
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         matrix = torch.ones(1024, 1024, dtype=dtype, device=device)
-        tries = []
-        for _ in range(4):                              # the first one warms up
+        for _ in range(2):                              # the first time warms up
             start = time.perf_counter()
-            (matrix @ matrix)[0, 0].item()              # item() waits for a GPU to finish
-            tries.append(time.perf_counter() - start)
-        seconds[dtype] = min(tries)
+            (matrix @ matrix @ matrix @ matrix)[0, 0].item()    # item() waits for a GPU
+            seconds[dtype] = time.perf_counter() - start
     return seconds[torch.float32] > 1.5 * seconds[torch.bfloat16]
 
 
 def write_file(path, content):
-    """Write bytes under a temporary name, then rename: path is the old file or the new one, never
-    half of it."""
+    """Write bytes under another name, then rename: path is the old file or the new one, whole."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -281,8 +281,7 @@ def write_file(path, content):
     except OSError as error:
         if temporary.is_file():
             temporary.unlink()
-        raise UserError(f"{path}: cannot be written ({error.strerror}); make space, or choose a"
-                        " writable folder: by --out, or FASHION_MNIST_DIR for the data set")
+        raise UserError(f"{path}: {error.strerror}; make space, or set --out or FASHION_MNIST_DIR")
 
 
 def save_checkpoint(path, **contents):
@@ -306,10 +305,13 @@ def read_checkpoint(path, script):
 
 def load_weights(model, meta, path):
     """model with the weights of a checkpoint, in eval mode; UserError if they do not fit it."""
+    wanted, found = model.state_dict().keys(), meta["state_dict"].keys()
+    missing, unknown = min(wanted - found, default="none"), min(found - wanted, default="none")
     try:
         model.load_state_dict(meta["state_dict"])
-    except Exception as error:  # other names, other shapes, or no weights at all
-        raise UserError(f"{path}: its weights do not fit ({error!s:.300}); train the model again")
+    except RuntimeError:
+        raise UserError(f"{path}: weights do not fit (missing {missing}, unknown {unknown}; both"
+                        " none: other shapes); rename them, or train the model again")
     return model.eval()
 
 
@@ -354,9 +356,8 @@ def plot_curves(history, path):
     """Recon and KL of training and validation against the epochs, from what train() returns."""
     figure = Figure(figsize=(8, 3.2), dpi=120, layout="constrained")
     epochs = range(1, len(history) + 1)
-    titles = {"recon": "recon: what z does not tell", "kl": "KL: what z tells"}
-    for i, (name, title) in enumerate(titles.items(), 1):
-        axes = figure.add_subplot(1, 2, i, xlabel="epoch", ylabel="nats per image", title=title)
+    for i, name in enumerate(("recon", "kl"), 1):
+        axes = figure.add_subplot(1, 2, i, xlabel="epoch", ylabel="nats per image", title=name)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.plot(epochs, [h[name] for h in history], "o-", ms=3, label="training")
         axes.plot(epochs, [h[f"val_{name}"] for h in history], "s--", ms=3, label="validation")
@@ -392,7 +393,7 @@ def main(argv=None):
     ten_of_each = torch.stack([x[y == c][:10, 0] for c in range(10)])       # (10, 10, 28, 28)
     image_grid(ten_of_each, args.out / "data-samples.png", "Ten of each class", CLASSES)
     plot_distributions(x, y, args.out / "data-distributions.png")
-    print(f"-> {args.out}/data-samples.png, data-distributions.png")
+    print(f"-> {args.out / 'data-samples.png'}, data-distributions.png")
 
 
 if __name__ == "__main__":

@@ -1,27 +1,34 @@
 """Section 2: the variational autoencoder (VAE), in its plainest form.
 
-A VAE (Kingma & Welling 2014, arXiv:1312.6114) supposes that each image x was made in two steps:
-draw a few hidden numbers z ~ N(0, I), then draw x ~ p(x | z), where p is a neural network, the
-decoder. A second network, the encoder, looks at an image and guesses which z may have made it:
-q(z | x) = N(mu, diag sigma^2). Both are trained together to minimise an upper bound on -log p(x),
-the negative evidence lower bound (ELBO, their eq. 3):
+A VAE (Kingma & Welling 2014, arXiv:1312.6114) supposes that each image x was made in two steps.
+First, a few hidden numbers z were drawn from the prior N(0, I): independent standard normals. Then
+x was drawn from p(x | z), which a neural network computes, the decoder. A second network, the
+encoder, looks at an image and guesses which z may have made it. Its guess is a distribution, too,
+the posterior q(z | x) = N(mu, diag sigma^2); an approximation of the true one.
 
-    loss  =  E_q[ -log p(x | z) ]  +  KL( q(z | x) || N(0, I) )
-              recon: nats to describe   |  KL: nats that z
-              the image, given z        |  itself costs
+We want log p(x), the log-probability of our images, to be large; but to compute it, we would have
+to try every z. The evidence lower bound (ELBO, their eq. 3) can be computed, and is never larger
+than log p(x). So we make the ELBO large instead, or its negative small:
 
-Both terms are in nats per image: summed over pixels and over latents, averaged over images.
+    loss  =  -ELBO  =  E_q[ -log p(x | z) ]  +  KL( q(z | x) || N(0, I) )
+                              recon                      KL
+
+recon tells how badly the decoder redraws the image, on average over z drawn from q(z | x). The KL
+tells how far q(z | x) is from the prior, and is 0 if they are equal. It keeps the codes z near
+N(0, I), so that later we can draw z from N(0, I) and decode it to a new image. Both are in nats (a
+nat is 1.44 bits) per image: summed over pixels and over latents, averaged over images.
 
     python vae.py                       # two minutes on two CPU cores
     python vae.py --latent-dim 2        # draws the map of a latent space that fits on paper
 
 You should see (full data, seed 0) a test total of about 237.95 nats: recon 225.17, which is 35.31
-above the entropy floor, and KL 12.78. Reconstructions have the right shape, but are blurred.
+above the entropy floor (the recon of a perfect decoder, see data.py), and KL 12.78. Reconstructions
+have the right shape, but are blurred.
 Two details of the optimizer, and what they gain on validation after 11 epochs (one run, seed 0):
   OneCycle instead of a constant learning rate of 1e-3: 237.78 instead of 239.51 nats
   Adam's beta2 = 0.99 instead of 0.999: 237.78 instead of 238.34 nats
-Try: average the BCE over the pixels, a common mistake (with --out try). The KL then weighs 784
-times too much; what do the samples look like?
+Try: in elbo_terms, turn `recon.flatten(1).sum(1)` into `.mean(1)`, a common mistake, and run with
+--out try. The KL then weighs 784 times too much. What do the samples look like?
 Left out on purpose: dropout, normalisation layers, a learned pixel variance, any trainer class.
 """
 import math
@@ -34,7 +41,7 @@ import data
 # ---------------------------------------------------------------- the model
 
 class VAE(torch.nn.Module):
-    """784 - 512 - 512 - z and back: images in [0, 1] -> logits, both (B, 1, 28, 28)."""
+    """Images in [0, 1] -> logits, both (B, 1, 28, 28), through z (B, latent_dim). B: batch size."""
 
     def __init__(self, latent_dim=20, hidden=512):
         super().__init__()
@@ -43,21 +50,23 @@ class VAE(torch.nn.Module):
             torch.nn.Flatten(),
             torch.nn.Linear(784, hidden), torch.nn.GELU(),
             torch.nn.Linear(hidden, hidden), torch.nn.GELU(),
-            torch.nn.Linear(hidden, 2 * latent_dim),    # mu and log sigma^2
+            torch.nn.Linear(hidden, 2 * latent_dim),    # mu and log sigma^2 of each latent
         )
         self.decoder = torch.nn.Sequential(
             torch.nn.Linear(latent_dim, hidden), torch.nn.GELU(),
             torch.nn.Linear(hidden, hidden), torch.nn.GELU(),
-            torch.nn.Linear(hidden, 784),               # one logit a pixel
+            torch.nn.Linear(hidden, 784),               # one logit per pixel
         )
 
     def encode(self, x):
-        """q(z | x): x (B, 1, 28, 28) -> mu, logvar, each (B, latent_dim); logvar = log sigma^2."""
+        """q(z | x): x (B, 1, 28, 28) -> mu, logvar, each (B, latent_dim). logvar is log sigma^2,
+        because a network may put out any number, but sigma^2 must be positive."""
         mu, logvar = self.encoder(x).chunk(2, dim=1)
         return mu, logvar
 
     def reparameterize(self, mu, logvar):
-        """z = mu + sigma * eps with eps ~ N(0, I): random, yet differentiable in mu and sigma."""
+        """A draw of z ~ N(mu, sigma^2) through which gradients flow. A draw has no derivative; so
+        the randomness is put into eps ~ N(0, I), and z = mu + sigma * eps is plain arithmetic."""
         eps = torch.randn_like(mu)                      # (B, latent_dim)
         return mu + torch.exp(0.5 * logvar) * eps       # sigma = exp(log sigma^2 / 2)
 
@@ -77,9 +86,10 @@ def elbo_terms(logits, x, mu, logvar):
     """The two parts of the negative ELBO (Kingma & Welling, eq. 10) in nats: sums, never means,
     over pixels and latents. logits, x (B, 1, 28, 28), mu, logvar (B, latent_dim) -> (B,) each."""
     # recon = -log p(x | z) = -sum_i [ x_i log p_i + (1 - x_i) log(1 - p_i) ],  p = sigmoid(logits)
+    # (exact for pixels 0 and 1; of grey pixels, a share x_i counts as white and the rest as black)
     recon = torch.nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="none")
     recon = recon.flatten(1).sum(1)                                         # (B,)
-    # kl = 1/2 sum_d [ mu_d^2 + sigma_d^2 - log sigma_d^2 - 1 ]
+    # kl = 1/2 sum_d [ mu_d^2 + sigma_d^2 - log sigma_d^2 - 1 ], the closed form for two Gaussians
     kl = 0.5 * (mu.pow(2) + logvar.exp() - logvar - 1).sum(1)               # (B,)
     return recon, kl
 
@@ -87,10 +97,11 @@ def elbo_terms(logits, x, mu, logvar):
 # ---------------------------------------------------------------- training and testing
 
 def train(model, train_images, val_images, epochs, batch_size, lr):
-    """Minimise the negative ELBO on train_images (N, 1, 28, 28) in [0, 1]; one dict an epoch.
+    """Minimise the negative ELBO on train_images (N, 1, 28, 28) in [0, 1]. Returns the history, a
+    list with a dict for each epoch. FloatingPointError if the loss is not finite.
 
-    Adam with OneCycle: the learning rate rises to `lr` for 30 % of the steps, then falls to 0, and
-    Adam's beta1 goes from 0.95 to 0.85 and back. FloatingPointError if the loss is not finite."""
+    Adam with OneCycle: the learning rate rises from lr / 25 to lr in the first 30 % of all steps,
+    then falls almost to 0; meanwhile Adam's beta1 goes from 0.95 to 0.85 and back."""
     if not 0 <= train_images.min() <= train_images.max() <= 1:
         raise ValueError("pixels must lie in [0, 1], since the loss is a binary cross-entropy")
     device = next(model.parameters()).device
@@ -102,8 +113,9 @@ def train(model, train_images, val_images, epochs, batch_size, lr):
     for epoch in range(1, epochs + 1):
         model.train()
         recon_sum, kl_sum = 0.0, 0.0                    # over all images of the epoch
-        for step, batch in enumerate(torch.randperm(len(train_images)).split(batch_size), 1):
-            x = train_images[batch.to(device)]          # (B, 1, 28, 28)
+        order = torch.randperm(len(train_images))
+        for step, indices in enumerate(order.split(batch_size), 1):
+            x = train_images[indices.to(device)]        # (B, 1, 28, 28)
             logits, mu, logvar = model(x)
             recon, kl = elbo_terms(logits, x, mu, logvar)
             loss = (recon + kl).mean()
@@ -116,12 +128,13 @@ def train(model, train_images, val_images, epochs, batch_size, lr):
             schedule.step()
             recon_sum += recon.sum().item()
             kl_sum += kl.sum().item()
-        recon, kl = recon_sum / len(train_images), kl_sum / len(train_images)
+        mean_recon, mean_kl = recon_sum / len(train_images), kl_sum / len(train_images)
         val = test(model, val_images)
-        history.append({"recon": recon, "kl": kl, "val_recon": val["recon"], "val_kl": val["kl"]})
+        history.append({"recon": mean_recon, "kl": mean_kl,
+                        "val_recon": val["recon"], "val_kl": val["kl"]})
         seconds = time.time() - start
         print(f"epoch {epoch:3}/{epochs}  "
-              f"train: recon {recon:.2f} KL {kl:.2f} total {recon + kl:.2f}  "
+              f"train: recon {mean_recon:.2f} KL {mean_kl:.2f} total {mean_recon + mean_kl:.2f}  "
               f"val: recon {val['recon']:.2f} KL {val['kl']:.2f} total {val['total']:.2f}  "
               f"{seconds:.0f} s, {seconds / epoch * (epochs - epoch):.0f} s left", flush=True)
     return history
@@ -129,7 +142,8 @@ def train(model, train_images, val_images, epochs, batch_size, lr):
 
 @torch.no_grad()
 def test(model, images, batch_size=1000):
-    """Mean recon, kl and total of images (N, 1, 28, 28): one posterior sample each, full KL."""
+    """The mean recon, kl and total of images (N, 1, 28, 28). Draws one z for each image from the
+    posterior q(z | x), not its mean; the KL has weight 1, however the model was trained."""
     model.eval()
     device = next(model.parameters()).device
     recon_sum, kl_sum = 0.0, 0.0
@@ -139,8 +153,8 @@ def test(model, images, batch_size=1000):
         recon, kl = elbo_terms(logits, x, mu, logvar)
         recon_sum += recon.sum().item()
         kl_sum += kl.sum().item()
-    recon, kl = recon_sum / len(images), kl_sum / len(images)
-    return {"recon": recon, "kl": kl, "total": recon + kl}
+    mean_recon, mean_kl = recon_sum / len(images), kl_sum / len(images)
+    return {"recon": mean_recon, "kl": mean_kl, "total": mean_recon + mean_kl}
 
 
 # ---------------------------------------------------------------- the pictures
@@ -224,7 +238,7 @@ def main(argv=None, dataset=None):
     start = time.time()
     history = train(model, dataset.train_images, dataset.val_images,
                     args.epochs, args.batch_size, args.lr)
-    torch.manual_seed(args.seed)                        # evaluate.py repeats exactly this test
+    torch.manual_seed(args.seed)                        # so that evaluate.py can repeat this test
     metrics = test(model, dataset.test_images)
     metrics["seconds"] = time.time() - start
 
@@ -236,8 +250,9 @@ def main(argv=None, dataset=None):
     draw_pictures(model, dataset, history, args.out / name)
     if args.latent_dim == 2:
         draw_map(model, dataset, args.out / f"{name}-map.png")
-    excess = metrics["recon"] - dataset.floor["test"]
-    print(f"test ({dataset.source}): recon {metrics['recon']:.2f}, {excess:.2f} above the floor, KL"
+    floor = data.pixel_entropy(dataset.test_images).mean().item()
+    print(f"test ({dataset.source}): recon {metrics['recon']:.2f},"
+          f" {metrics['recon'] - floor:.2f} above the floor, KL"
           f" {metrics['kl']:.2f}, total {metrics['total']:.2f} nats per image,"
           f" {metrics['seconds']:.0f} s")
     print(f"-> {path} and the pictures {name}-*.png")
