@@ -195,9 +195,9 @@ def rank_correlation(a, b):
     """|rho|, the strength of Spearman's rank correlation, between each column of a (N, D) and each
     column of b (N, K): (D, K). It is 1 where one rises with the other or falls with it."""
     a, b = ranks(a), ranks(b)
-    a = (a - a.mean(0)) / a.std(0)
-    b = (b - b.mean(0)) / b.std(0)
-    return (a.T @ b / (len(a) - 1)).abs().nan_to_num()  # not a number: a column is constant
+    a, b = a - a.mean(0), b - b.mean(0)
+    a, b = a / a.norm(dim=0), b / b.norm(dim=0)
+    return (a.T @ b).abs().nan_to_num()                 # not a number: a column is constant
 
 
 def gap(rho):
@@ -297,7 +297,7 @@ def draw_attributes(sweep, path):
         if not analysis.latents:                        # a collapsed model has nothing to show
             axes.set_axis_off()
             continue
-        axes.imshow(analysis.rho, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        axes.imshow(analysis.rho.numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
         axes.set_xticks(range(len(ATTRIBUTES)), ATTRIBUTES, rotation=45, ha="right")
         axes.set_yticks(range(len(analysis.latents)), [f"z{d}" for d in analysis.latents])
         for row, strengths in enumerate(analysis.rho.tolist()):

@@ -110,11 +110,11 @@ def read_full():
     folders = [Path(own).expanduser()] if own else FOLDERS
     complete = [folder for folder in folders if all(find_file(folder, name) for name in FILES)]
     folder, arrays = (complete or folders)[0], []
+    missing = [name for name in FILES if find_file(folder, name) is None]
+    if own and 0 < len(missing) < len(FILES):
+        raise UserError(f"{folder / missing[0]}.gz: missing; put it there, or name an empty folder")
     for name in FILES:
-        if find_file(folder, name) is None:
-            if own and any(find_file(folder, other) for other in FILES):
-                raise UserError(f"{folder / name}.gz: not there; put all four files into that"
-                                " folder, or name an empty folder to download them into")
+        if name in missing:
             download(name, folder)
         path = find_file(folder, name)
         try:
