@@ -180,7 +180,7 @@ def draw_map(model, dataset, path):
     """The map of a latent space with two dimensions (Kingma & Welling, figure 4): where the encoder
     puts the test images, and what the decoder draws at each place."""
     device = next(model.parameters()).device
-    figure = data.Figure(figsize=(12, 6), dpi=110, layout="constrained")
+    figure = data.Figure(figsize=(11, 5.5), dpi=80, layout="constrained")
     left = figure.add_subplot(1, 2, 1, title="Where the encoder puts the test images (mu)",
                               xlabel="z1", ylabel="z2", xlim=(-4, 4), ylim=(-4, 4), aspect="equal")
     mu, _ = model.encode(dataset.test_images.to(device))                    # (N, 2)
@@ -189,13 +189,13 @@ def draw_map(model, dataset, path):
         left.scatter(z1, z2, s=3, color=f"C{c}", label=name)
     left.legend(loc="upper right", fontsize=8, markerscale=3)
     # Quantiles of N(0, 1) cover the prior evenly: each row and column has the same probability.
-    quantiles = torch.distributions.Normal(0, 1).icdf(torch.linspace(0.025, 0.975, 20))
-    z1 = quantiles.repeat(20)                           # (400,), from left to right in each row
-    z2 = quantiles.flip(0).repeat_interleave(20)        # (400,), the largest z2 in the top row
+    quantiles = torch.distributions.Normal(0, 1).icdf(torch.linspace(0.03, 0.97, 16))
+    z1 = quantiles.repeat(16)                           # (256,), from left to right in each row
+    z2 = quantiles.flip(0).repeat_interleave(16)        # (256,), the largest z2 in the top row
     images = model.decode(torch.stack([z1, z2], dim=1).to(device)).sigmoid()
     ticks = [f"{value:.1f}" for value in quantiles.tolist()]
     right = figure.add_subplot(1, 2, 2, xlabel="z1", ylabel="z2")
-    data.draw_grid(right, images.view(20, 20, 28, 28), "What the decoder draws at each place",
+    data.draw_grid(right, images.view(16, 16, 28, 28), "What the decoder draws at each place",
                    rows=ticks[::-1], columns=ticks)
     data.save_figure(figure, path)
 
