@@ -95,8 +95,9 @@ def train(model, train_images, val_images, epochs, batch_size, lr, beta):
 
     Adam with OneCycle: the learning rate rises from lr / 25 to lr in the first 30 % of all steps,
     then falls almost to 0; meanwhile Adam's beta1 goes from 0.95 to 0.85 and back."""
-    if not 0 <= train_images.min() <= train_images.max() <= 1:
-        raise ValueError("pixels must lie in [0, 1], since the loss is a binary cross-entropy")
+    for images in (train_images, val_images):
+        if not 0 <= images.min() <= images.max() <= 1:
+            raise ValueError("pixels must lie in [0, 1], since the loss is a binary cross-entropy")
     device = next(model.parameters()).device
     train_images, val_images = train_images.to(device), val_images.to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr, betas=(0.9, 0.99), fused=True)
@@ -224,10 +225,9 @@ def rotated_gaps(mu, values, rotations=20):
     return torch.tensor(gaps)
 
 
-# active: how many latents are (a float, because seeds will be averaged); gap: see above; null: the
-# mean gap along random axes; beaten: the share of those with a smaller gap (0 if fewer than two
-# latents are active: there is nothing to rotate); kl (D,): nats of each latent; latents: the active
-# ones, the largest KL first; rho (active, 6): |rho| of each of them with each attribute
+# active: how many latents are (a float, to be averaged); gap: see above; null: the mean gap along
+# random axes; beaten: the share of those with a smaller gap (0 with less than two active latents);
+# kl (D,): nats of each latent; latents: the active ones, the largest KL first; rho (active, 6)
 Analysis = namedtuple("Analysis", "active gap null beaten kl latents rho")
 
 
@@ -348,6 +348,8 @@ def main(argv=None, dataset=None):
     parser = arguments()
     args = parser.parse_args(argv)
     data.check_flags(args)
+    if any(float(f"{beta:g}") != beta for beta in args.betas):
+        raise data.UserError("--betas: at most six digits, since they stand in the file names")
     device = data.pick_device(args.device)
     dataset = dataset or data.load(args.data)
     print(*(f"{name}={value}" for name, value in vars(args).items()))
@@ -379,8 +381,7 @@ def main(argv=None, dataset=None):
     if args.train_only:
         return paths
 
-    print(f"test ({dataset.source}), total = recon + KL; active: latents that say something;\n"
-          "gap, null: see --help; beaten: share of the random axes with a smaller gap\n"
+    print(f"test ({dataset.source}); beaten: share of the random axes with a smaller gap\n"
           "beta       recon      KL   total  active     gap    null  beaten")
     sweep = {}
     for beta, (model, metrics) in trained.items():

@@ -123,8 +123,9 @@ def train(model, train_images, val_images, epochs, batch_size, lr, warmup_epochs
     AdamW (without weight decay the same as Adam) with OneCycle: the learning rate rises from
     lr / 25 to lr in the first 30 % of all steps, then falls almost to 0; meanwhile Adam's beta1
     goes from 0.95 to 0.85 and back."""
-    if not 0 <= train_images.min() <= train_images.max() <= 1:
-        raise ValueError("pixels must lie in [0, 1], since the loss is a binary cross-entropy")
+    for images in (train_images, val_images):
+        if not 0 <= images.min() <= images.max() <= 1:
+            raise ValueError("pixels must lie in [0, 1], since the loss is a binary cross-entropy")
     device = next(model.parameters()).device
     train_images, val_images = train_images.to(device), val_images.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), fused=True,
@@ -231,12 +232,12 @@ def load_model(path, device="cpu"):
 
 def print_baseline(path):
     """The test of section 2's VAE, where it was trained with the same data and seed."""
-    if path.exists():
+    try:
         mlp = data.read_checkpoint(path, "vae")["metrics"]
         print(f"the MLP VAE in {path}: recon {mlp['recon']:.2f}, KL {mlp['kl']:.2f}, total"
               f" {mlp['total']:.2f}")
-    else:
-        print(f"(python vae.py makes {path}; its numbers would stand here)")
+    except data.UserError as error:
+        print(f"(no MLP VAE to compare with: {error})")
 
 
 @data.command

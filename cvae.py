@@ -118,8 +118,9 @@ def train(model, train_images, train_labels, val_images, val_labels, epochs, bat
 
     Adam with OneCycle: the learning rate rises from lr / 25 to lr in the first 30 % of all steps,
     then falls almost to 0; meanwhile Adam's beta1 goes from 0.95 to 0.85 and back."""
-    if not 0 <= train_images.min() <= train_images.max() <= 1:
-        raise ValueError("pixels must lie in [0, 1], since the loss is a binary cross-entropy")
+    for images in (train_images, val_images):
+        if not 0 <= images.min() <= images.max() <= 1:
+            raise ValueError("pixels must lie in [0, 1], since the loss is a binary cross-entropy")
     device = next(model.parameters()).device
     train_images, train_labels = train_images.to(device), train_labels.to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr, betas=(0.9, 0.99), fused=True)

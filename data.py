@@ -34,7 +34,6 @@ except ValueError:  # $MPLBACKEND names what is not installed here; our pictures
     for name in [name for name in sys.modules if name.startswith("matplotlib")]:
         del sys.modules[name]                           # what was imported by half
     from matplotlib.figure import Figure
-
 CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
            "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 # SHA-256 of the decompressed bytes: a mirror once served digit-MNIST under these names.
@@ -106,7 +105,7 @@ def read_full():
     """Six uint8 arrays, from $FASHION_MNIST_DIR if that is set, else from the first of FOLDERS that
     holds all files, else downloaded into ./fashion-mnist; OSError if that cannot be."""
     own = os.environ.get("FASHION_MNIST_DIR")
-    folders = [Path(own).expanduser()] if own else FOLDERS
+    folders = [Path(os.path.expanduser(own))] if own else FOLDERS
     complete = [folder for folder in folders if all(find_file(folder, name) for name in FILES)]
     folder, arrays = (complete or folders)[0], []
     missing = [name for name in FILES if find_file(folder, name) is None]
@@ -147,8 +146,8 @@ def load(source="auto"):
     try:
         used, arrays = ("sample", read_sample()) if source == "sample" else ("full", read_full())
     except OSError as error:
-        if source == "full":
-            raise UserError(f"{error}: connect to the network, or set FASHION_MNIST_DIR")
+        if source == "full" or os.environ.get("FASHION_MNIST_DIR"):
+            raise UserError(f"{error}: get a network, or set FASHION_MNIST_DIR to their folder")
         print("!" * 80, "!! NO DATA SET, NO NETWORK: using the embedded SAMPLE (8,000 images)",
               "!" * 80, sep="\n", file=sys.stderr)
         used, arrays = "sample", read_sample()
@@ -173,21 +172,20 @@ def command(main):
         try:
             if argv is None and sys.argv[0].endswith("kernel_launcher.py"):
                 argv = []                               # main() in a notebook: its flags, not ours
-            if isinstance(argv, str):
+            if isinstance(argv, str) or not all(isinstance(word, str) for word in argv or ()):
                 raise UserError('main() takes a list of words, such as main(["--epochs", "3"])')
             if torch.get_default_dtype() != torch.float32:
                 raise UserError("call torch.set_default_dtype(torch.float32) first: images have it")
             return main(argv, **more)
-        except (UserError, FloatingPointError) as error:
-            message, code = error, 2
         except KeyboardInterrupt:
             message, code = "interrupted: this training is lost, finished models are kept", 130
         except BrokenPipeError:                         # as in `python vae.py | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
+        except (UserError, FloatingPointError, OSError) as error:   # OSError: of print()
+            message, code = error, 2
         print(f"error: {message}".replace("\n", " "), file=sys.stderr)
         sys.exit(code)
-    wrapped.__doc__ = main.__doc__
     return wrapped
 
 
@@ -220,14 +218,14 @@ def check_flags(args):
         numbers = value if isinstance(value, list) else [value]
         if value is not None and not all(low <= number <= high for number in numbers):
             raise UserError(f"--{name.replace('_', '-')}: choose a number from {low} to {high}")
-        if len({f"{number}" for number in numbers}) < len(numbers):
-            raise UserError(f"--{name}: name each number once")
+        if len(set(numbers)) < len(numbers) or len(numbers) > 16:
+            raise UserError(f"--{name}: name each number once, and at most 16")
     try:
         args.out = args.out.expanduser()
         args.out.mkdir(parents=True, exist_ok=True)
         if not os.access(args.out, os.W_OK):
             raise OSError("not writable")
-    except (OSError, ValueError) as error:              # ValueError: a zero byte in the name
+    except (OSError, ValueError, RuntimeError) as error:    # as of a zero byte, of ~nobody
         raise UserError(f"--out {args.out}: {error}; choose another folder")
 
 
@@ -258,8 +256,7 @@ def pick_device(name="auto"):
 
 
 def pick_bf16(choice, device):
-    """Whether to train in bfloat16: "on", "off", or "auto": if products of large matrices are at
-    least 1.5 times as fast in it, as on processors and GPUs that compute in bfloat16."""
+    """Whether to train in bfloat16; "auto": if matrix products are 1.5 times as fast in it."""
     if choice != "auto" or device.type == "mps":
         return choice == "on"
     seconds = []
@@ -279,8 +276,8 @@ def write_file(path, content):
         temporary.write_bytes(content)
         os.replace(temporary, path)
     except OSError as error:
-        if temporary.is_file():
-            temporary.unlink()
+        if os.path.isfile(temporary):
+            os.unlink(temporary)
         raise UserError(f"{path}: {error.strerror}; make space, or set --out or FASHION_MNIST_DIR")
 
 
@@ -295,23 +292,26 @@ def read_checkpoint(path, script):
     """The dict that `script` saved in a checkpoint; UserError if it is no such file."""
     try:
         meta = torch.load(path, map_location="cpu", weights_only=True)
-        found = meta["script"]
+        found = meta["script"], meta["config"], meta["source"], meta["seed"], meta["metrics"]
     except Exception as error:  # absent, damaged, or no checkpoint of ours, in whatever way
-        raise UserError(f"{path}: not usable ({error!s:.80}); python {script}.py makes a new one")
-    if found != script:
-        raise UserError(f"{path}: made by {found}.py, not by {script}.py")
+        raise UserError(f"{path}: not usable ({error!s:.80}); restore it, or rerun {script}.py")
+    if found[0] != script:
+        raise UserError(f"{path}: made by {found[0]}.py, not by {script}.py")
     return meta
 
 
 def load_weights(model, meta, path):
     """model with the weights of a checkpoint, in eval mode; UserError if they do not fit it."""
-    wanted, found = model.state_dict().keys(), meta["state_dict"].keys()
-    missing, unknown = min(wanted - found, default="none"), min(found - wanted, default="none")
     try:
         model.load_state_dict(meta["state_dict"])
-    except RuntimeError:
-        raise UserError(f"{path}: weights do not fit (missing {missing}, unknown {unknown}; both"
-                        " none: other shapes); rename them, or train the model again")
+        usable = all(value.isfinite().all() for value in model.state_dict().values())
+    except Exception:  # other names, other shapes, or whatever else may lie there
+        usable = False
+    if not usable:
+        wanted, found = set(model.state_dict()), set(meta.get("state_dict", ()))
+        missing, unknown = min(wanted - found, default="none"), min(found - wanted, default="none")
+        raise UserError(f"{path}: weights that do not fit, or are not finite (missing {missing},"
+                        f" unknown {unknown}): rename them, or train the model again")
     return model.eval()
 
 

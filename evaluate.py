@@ -336,9 +336,9 @@ def find_or_train(entry, seed, args, dataset):
     if not path.exists():
         entry.script.main(flags, dataset=dataset)
     meta = data.read_checkpoint(path, entry.script.__name__)
-    if meta["config"] != data.settings(wanted) or meta["source"] != dataset.source:
-        raise data.UserError(f"{path}: trained with {meta['config']} on {meta['source']}, and not"
-                             f" with {data.settings(wanted)}; move it, or choose another --out")
+    found = meta["config"], meta["source"], meta["seed"], meta.get("beta")
+    if found != (data.settings(wanted), dataset.source, seed, entry.beta):
+        raise data.UserError(f"{path}: of another study, {found}; move it, or set --out")
     return path
 
 

@@ -75,6 +75,13 @@ def fit(module, model, dataset, epochs, batch_size, lr, **extra):
                         epochs, batch_size, lr, **extra)
 
 
+def save(path, **contents):
+    """Write a checkpoint with everything that each checkpoint has, and these contents."""
+    usual = {"script": "vae", "config": {"latent_dim": 2}, "source": "sample", "seed": 0,
+             "metrics": {}, "state_dict": {}}
+    data.save_checkpoint(path, **usual | contents)
+
+
 def kl_oracle(mu, logvar):
     """KL(N(mu, sigma^2) || N(0, 1)), summed over the latents, by torch.distributions."""
     q = torch.distributions.Normal(mu, (logvar / 2).exp())
@@ -290,9 +297,10 @@ def test_the_lesson_pastes_and_trains_on_any_tensor(module, capsys):
 @pytest.mark.parametrize("images", [torch.full((8, 1, 28, 28), 255.0), torch.randn(8, 1, 28, 28),
                                     torch.full((8, 1, 28, 28), math.nan)])
 def test_pixels_outside_0_to_1_are_refused_before_the_training(module, images, tiny):
-    with pytest.raises(ValueError, match=r"pixels must lie in \[0, 1\]"):
-        fit(module, MODELS[module](2), tiny._replace(train_images=images,
-                                                     train_labels=torch.arange(8)), 1, 4, 1e-3)
+    for split in ("train", "val"):
+        wrong = tiny._replace(**{f"{split}_images": images, f"{split}_labels": torch.arange(8)})
+        with pytest.raises(ValueError, match=r"pixels must lie in \[0, 1\]"):
+            fit(module, MODELS[module](2), wrong, 1, 4, 1e-3)
 
 
 @each_model
@@ -533,6 +541,7 @@ def test_gap_is_one_where_each_attribute_has_its_latent_and_zero_where_two_share
     assert beta_vae.gap(torch.eye(4)) == 1
     assert beta_vae.gap(torch.ones(4, 4)) == 0
     assert beta_vae.gap(torch.tensor([[0.9, 0.2], [0.4, 0.6]])) == pytest.approx((0.5 + 0.4) / 2)
+    assert beta_vae.gap(torch.tensor([[0.1], [0.9], [0.5]])) == pytest.approx(0.4)   # to the next
     assert beta_vae.gap(torch.ones(1, 3)) == 1 and beta_vae.gap(torch.ones(0, 3)) == 0
 
 
@@ -916,9 +925,9 @@ def test_a_classifier_of_other_shape_or_without_its_normalisation_is_refused(jud
     state = judge[0].state_dict()
     nine = state | {"head.weight": state["head.weight"][:9], "head.bias": state["head.bias"][:9]}
     bare = {name: value for name, value in state.items() if name not in ("mean", "std")}
-    for wrong, reason in ((nine, "other shapes"), (bare, "missing mean, unknown none")):
+    for wrong, reason in ((nine, "missing none"), (bare, "missing mean, unknown none")):
         path = tmp_path / "judge.pt"
-        data.save_checkpoint(path, script="classifier", state_dict=wrong)
+        save(path, script="classifier", state_dict=wrong)
         with pytest.raises(ValueError, match=f"judge.pt.*{reason}.*train the model again"):
             classifier.load_model(path)
 
@@ -1229,10 +1238,9 @@ def test_script_runs_alone_with_data_py_and_the_sample(script, study):
 
 def test_conv_vae_prints_the_baseline_beside_itself(study, tiny, tmp_path, capsys):
     _, texts = study                                     # there, only a trial with 1 epoch exists
-    assert re.search(r"python vae.py makes \S*vae-sample-seed0.pt", texts["conv_vae"])
+    assert re.search(r"vae-sample-seed0.pt: not usable.* rerun vae.py", texts["conv_vae"])
     baseline = tmp_path / "vae-sample-seed0.pt"
-    metrics = {"recon": 1.25, "kl": 2.25, "total": 3.5}
-    data.save_checkpoint(baseline, script="vae", metrics=metrics)
+    save(baseline, metrics={"recon": 1.25, "kl": 2.25, "total": 3.5})
     conv_vae.main(["--epochs", "1", "--out", str(tmp_path)], dataset=tiny)
     assert f"the MLP VAE in {baseline}: recon 1.25, KL 2.25, total 3.50" in capsys.readouterr().out
 
@@ -1299,13 +1307,13 @@ def test_evaluate_trains_what_is_missing_and_only_that(tiny, tmp_path, capsys):
         assert path.stat().st_mtime_ns == written and capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("harm", ["config", "source", "script"])
+@pytest.mark.parametrize("harm", ["config", "source", "script", "seed", "beta"])
 def test_evaluate_refuses_a_checkpoint_of_another_study(harm, study, tmp_path, tiny):
     runs, _ = study
     name = "vae-sample-seed0-epochs1.pt"
     meta = data.read_checkpoint(runs / name, "vae")
     changed = {"config": {"config": meta["config"] | {"lr": 0.5}}, "source": {"source": "full"},
-               "script": {"script": "cvae"}}[harm]
+               "script": {"script": "cvae"}, "seed": {"seed": 5}, "beta": {"beta": 2.0}}[harm]
     data.save_checkpoint(tmp_path / name, **meta | changed)
     before = (tmp_path / name).read_bytes()
     with pytest.raises(ValueError, match=name):
@@ -1332,14 +1340,16 @@ def test_readme_shows_the_recorded_tables():
     (conv_vae, ["--batch-size", "0"]), (cvae, ["--latent-dim", "0"]), (vae, ["--lr", "nan"]),
     (vae, ["--lr", "inf"]), (vae, ["--lr", "0"]), (vae, ["--lr", "-1"]),
     (cvae, ["--latent-dim", "-1"]), (beta_vae, ["--betas", "-1"]), (beta_vae, ["--betas"]),
-    (beta_vae, ["--betas", "1", "1.0"]), (vae, ["--data", "mnist"]),
+    (beta_vae, ["--betas", "1", "1.0"]), (beta_vae, ["--betas", "0.30000001"]),
+    (evaluate, ["--seeds", *map(str, range(17))]), (vae, ["--out", "~nobody-of-that-name/x"]),
+    (vae, ["--epochs", 3]), (vae, ["--data", "mnist"]),
     (vae, ["--device", "abacus"]), (vae, ["--device", "meta"]), (vae, ["--seed", "-1"]),
     (vae, ["--seed", "9" * 20]), (evaluate, ["--split", "train"]), (evaluate, ["--epochs", "0"]),
     (evaluate, ["--seeds", "1", "1"]), (data, ["--nonsense"]), (conv_vae, ["--bf16", "maybe"]),
     (conv_vae, ["--warmup-epochs", "-1"]), (conv_vae, ["--weight-decay", "-1"]),
     (vae, ["--epoch", "3"]), (data, ["--out", __file__]), (vae, ["--out", __file__]),
     (cvae, ["--out", "/proc/none"]), (vae, ["--out", "a\0b"]), (vae, "--epochs 3"),
-], ids=lambda v: " ".join(v) if isinstance(v, list) else getattr(v, "__name__", v))
+], ids=lambda v: " ".join(map(str, v)) if isinstance(v, list) else getattr(v, "__name__", v))
 def test_a_bad_flag_is_one_line_and_exit_code_2(module, flags, capsys):
     with pytest.raises(SystemExit) as stop:
         module.main(flags)
@@ -1431,14 +1441,14 @@ def test_training_in_bfloat16_computes_the_network_in_it_and_the_loss_in_float32
 
 def test_checkpoint_comes_back_as_it_was_saved(tmp_path):
     path = tmp_path / "deep" / "x.pt"
-    data.save_checkpoint(path, script="vae", seed=3, weights=torch.arange(4.0))
+    save(path, seed=3, weights=torch.arange(4.0))
     meta = data.read_checkpoint(path, "vae")
     assert meta["weights"].tolist() == [0, 1, 2, 3] and meta["seed"] == 3
     with pytest.raises(ValueError, match="made by vae.py, not by cvae.py"):
         data.read_checkpoint(path, "cvae")
     path.write_bytes(path.read_bytes()[:-100])
     for broken in (path, tmp_path / "absent.pt"):
-        with pytest.raises(ValueError, match=f"{broken.name}.*python vae.py"):
+        with pytest.raises(ValueError, match=f"{broken.name}: not usable.*rerun vae.py"):
             data.read_checkpoint(broken, "vae")
 
 
@@ -1456,8 +1466,7 @@ def test_malicious_checkpoint_is_refused_unread(tmp_path):
 def test_checkpoint_of_another_model_or_shape_is_refused(module, tmp_path):
     small, large = MODELS[module](2), MODELS[module](3)
     for name, script, model in (("a.pt", "other", small), ("b.pt", module.__name__, large)):
-        data.save_checkpoint(tmp_path / name, script=script, config={"latent_dim": 2},
-                             state_dict=model.state_dict())
+        save(tmp_path / name, script=script, state_dict=model.state_dict())
         with pytest.raises(ValueError, match=name):
             module.load_model(tmp_path / name)
 
@@ -1546,8 +1555,8 @@ def test_ctrl_c_in_training_is_one_true_line_and_leaves_nothing(tmp_path):
 def test_a_kill_while_saving_leaves_the_old_checkpoint(tmp_path):
     code = ("import data, pathlib, torch\n"
             "for k in range(10**6):\n"
-            "    data.save_checkpoint(pathlib.Path('x.pt'), script='vae', k=k,"
-            " weights=torch.full((300_000,), float(k)))\n"
+            "    data.save_checkpoint(pathlib.Path('x.pt'), script='vae', config={}, source='sample',"
+            " seed=0, metrics={}, k=k, weights=torch.full((300_000,), float(k)))\n"
             "    print('saved', k)\n")
     for wait_for in ("saved 0", "saved 3", "saved 8"):
         status, _ = interrupt(tmp_path, signal.SIGKILL, code, wait_for)
@@ -1602,10 +1611,10 @@ def test_a_pipe_that_is_closed_ends_the_program_in_silence(tmp_path):
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 def test_a_console_that_lacks_a_letter_prints_a_question_mark(tmp_path, encoding):
-    code = TRIAL.replace("'out'", "'größe-β'")
+    code = "import data; data.main(['--data', 'sample', '--out', 'größe-β'])"
     done = python(tmp_path, code, environment={"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"})
     assert done.returncode == 0, done.stderr
-    assert list((tmp_path / "größe-β").glob("*.pt"))
+    assert "?" in done.stdout and len(list((tmp_path / "größe-β").glob("*.png"))) == 2
 
 
 def test_in_a_notebook_main_takes_its_defaults_and_not_the_flags_of_the_kernel(tmp_path):
@@ -1618,10 +1627,10 @@ def test_in_a_notebook_main_takes_its_defaults_and_not_the_flags_of_the_kernel(t
 
 
 def test_a_matplotlib_backend_that_is_not_installed_does_no_harm(tmp_path):
-    done = python(tmp_path, TRIAL, environment={"MPLBACKEND": "module://not_installed.backend"})
-    assert done.returncode == 0, done.stderr
-    done = python(tmp_path, TRIAL, environment={"MPLBACKEND": "nonsense"})
-    assert done.returncode == 0, done.stderr
+    code = "import data; data.main(['--data', 'sample', '--out', 'out'])"
+    for backend in ("module://not_installed.backend", "nonsense"):
+        done = python(tmp_path, code, environment={"MPLBACKEND": backend})
+        assert done.returncode == 0, done.stderr
 
 
 def test_a_download_that_cannot_be_written_tells_what_helps(monkeypatch, small_files, server):
@@ -1634,12 +1643,42 @@ def test_a_download_that_cannot_be_written_tells_what_helps(monkeypatch, small_f
 @each_model
 def test_weights_of_a_compiled_model_are_named(module, tmp_path):
     state = MODELS[module](2).state_dict()
-    data.save_checkpoint(tmp_path / "x.pt", script=module.__name__, config={"latent_dim": 2},
-                         state_dict={f"_orig_mod.{name}": value for name, value in state.items()})
+    save(tmp_path / "x.pt", script=module.__name__,
+         state_dict={f"_orig_mod.{name}": value for name, value in state.items()})
     first = min(state)
     with pytest.raises(ValueError, match=rf"x.pt.*missing {first}, unknown _orig_mod.{first}.*"
                                          "rename them, or train"):
         module.load_model(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("harm", ["script", "config", "source", "seed", "metrics", "state_dict",
+                                  "a list of weights", "a weight that is not a number"])
+def test_a_checkpoint_that_lacks_something_is_named(harm, tmp_path):
+    state = vae.VAE(2).state_dict()
+    meta = {"script": "vae", "config": {"latent_dim": 2}, "source": "sample", "seed": 0,
+            "metrics": {}, "state_dict": state}
+    if harm in meta:
+        del meta[harm]
+    elif harm == "a list of weights":
+        meta["state_dict"] = ["encoder.1.weight"]
+    else:
+        state["encoder.1.bias"][3] = math.nan
+    data.save_checkpoint(tmp_path / "x.pt", **meta)
+    with pytest.raises(ValueError, match="x.pt: (not usable|weights that do not fit)"):
+        vae.load_model(tmp_path / "x.pt")
+
+
+def test_names_that_are_too_long_for_a_file_are_one_sentence(tmp_path):
+    with pytest.raises(ValueError, match="File name too long"):
+        data.write_file(tmp_path / ("x" * 300), b"content")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no such device")
+def test_output_onto_a_full_disk_is_one_line(tmp_path):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-u", HERE / "data.py", "--data", "sample"],
+                              cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert one_line(done), done.stderr
 
 
 def test_two_processes_may_write_the_same_file(tmp_path):
@@ -1747,7 +1786,7 @@ MUTANTS = [
     # gradients never zeroed; pixels never checked; tested on the training images
     (FOUR, "            optimizer.zero_grad()\n", "",
      "test_a_training_step_follows_the_gradient_of_this_batch_alone"),
-    (FOUR, "    if not 0 <= train_images.min() <= train_images.max() <= 1:", "    if False:",
+    (FOUR, "        if not 0 <= images.min() <= images.max() <= 1:", "        if False:",
      "test_pixels_outside_0_to_1_are_refused_before_the_training"),
     (FOUR, "metrics = test(model, dataset.test_images", "metrics = test(model, dataset.val_images",
      "test_script_prints_and_saves_the_test_of_the_test_images"),
@@ -1768,7 +1807,7 @@ MUTANTS = [
      "test_attributes_of_a_drawn_rectangle"),
     # the gap to the smallest instead of the next; a null that stretches the codes
     (("beta_vae",), "second = ordered[1] if", "second = ordered[-1] if",
-     "test_planted_axes_exceed_every_rotation_and_arbitrary_axes_do_not"),
+     "test_gap_is_one_where_each_attribute_has_its_latent_and_zero_where_two_share_it"),
     (("beta_vae",), "rotation = torch.linalg.qr(gaussian).Q ", "rotation = gaussian ",
      "test_the_null_only_rotates"),
     # the map upside down
