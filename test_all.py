@@ -1555,8 +1555,8 @@ def test_ctrl_c_in_training_is_one_true_line_and_leaves_nothing(tmp_path):
 def test_a_kill_while_saving_leaves_the_old_checkpoint(tmp_path):
     code = ("import data, pathlib, torch\n"
             "for k in range(10**6):\n"
-            "    data.save_checkpoint(pathlib.Path('x.pt'), script='vae', config={}, source='sample',"
-            " seed=0, metrics={}, k=k, weights=torch.full((300_000,), float(k)))\n"
+            "    data.save_checkpoint(pathlib.Path('x.pt'), script='vae', config={}, seed=0, k=k,"
+            " source='sample', metrics={}, weights=torch.full((300_000,), float(k)))\n"
             "    print('saved', k)\n")
     for wait_for in ("saved 0", "saved 3", "saved 8"):
         status, _ = interrupt(tmp_path, signal.SIGKILL, code, wait_for)
