@@ -97,8 +97,7 @@ def download(name, folder):
 
 def find_file(folder, name):
     """The path of a file in a folder, zipped or unzipped; None if neither is there."""
-    paths = [folder / f"{name}.gz", folder / name]
-    return next((path for path in paths if path.exists()), None)
+    return next((p for p in (folder / f"{name}.gz", folder / name) if p.exists()), None)
 
 
 def read_full():
@@ -265,7 +264,7 @@ def pick_bf16(choice, device):
         start = time.perf_counter()
         (matrix @ matrix @ matrix @ matrix)[0, 0].item()        # item() waits for a GPU
         seconds.append(time.perf_counter() - start)
-    return seconds[2] > 1.5 * seconds[3]
+    return seconds[-2] > 1.5 * seconds[-1]              # of float32, of bfloat16
 
 
 def write_file(path, content):
@@ -276,9 +275,10 @@ def write_file(path, content):
         temporary.write_bytes(content)
         os.replace(temporary, path)
     except OSError as error:
-        if os.path.isfile(temporary):
-            os.unlink(temporary)
         raise UserError(f"{path}: {error.strerror}; make space, or set --out or FASHION_MNIST_DIR")
+    finally:
+        if os.path.isfile(temporary):                   # only after an error, or Ctrl-C
+            os.unlink(temporary)
 
 
 def save_checkpoint(path, **contents):

@@ -1471,16 +1471,20 @@ def test_checkpoint_of_another_model_or_shape_is_refused(module, tmp_path):
             module.load_model(tmp_path / name)
 
 
-def test_a_write_that_fails_is_one_sentence_and_leaves_the_old_file(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error, message", [
+    (OSError(28, "No space left on device"), "f: No space left.*; make space"),
+    (KeyboardInterrupt(), "")])
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(error, message, tmp_path,
+                                                                 monkeypatch):
     path = tmp_path / "f"
     data.write_file(path, b"old")
 
-    def full(self, content):
+    def fails(self, content):
         with open(self, "wb") as file:
             file.write(content[:2])
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(ValueError, match="f: No space left.*; make space"):
+        raise error
+    monkeypatch.setattr(Path, "write_bytes", fails)
+    with pytest.raises((data.UserError, KeyboardInterrupt), match=message):
         data.write_file(path, b"newer")
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
