@@ -292,11 +292,11 @@ def read_checkpoint(path, script):
     """The dict that `script` saved in a checkpoint; UserError if it is no such file."""
     try:
         meta = torch.load(path, map_location="cpu", weights_only=True)
-        found = meta["script"], meta["config"], meta["source"], meta["seed"], meta["metrics"]
+        found = {name: meta[name] for name in ("script", "config", "source", "seed", "metrics")}
     except Exception as error:  # absent, damaged, or no checkpoint of ours, in whatever way
         raise UserError(f"{path}: not usable ({error!s:.80}); restore it, or rerun {script}.py")
-    if found[0] != script:
-        raise UserError(f"{path}: made by {found[0]}.py, not by {script}.py")
+    if found["script"] != script:
+        raise UserError(f"{path}: made by {found['script']}.py, not by {script}.py")
     return meta
 
 

@@ -338,7 +338,7 @@ def find_or_train(entry, seed, args, dataset):
     meta = data.read_checkpoint(path, entry.script.__name__)
     found = meta["config"], meta["source"], meta["seed"], meta.get("beta")
     if found != (data.settings(wanted), dataset.source, seed, entry.beta):
-        raise data.UserError(f"{path}: of another study, {found}; move it, or set --out")
+        raise data.UserError(f"{path}: of another study, {found}; move it, or choose another --out")
     return path
 
 
