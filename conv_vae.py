@@ -34,17 +34,12 @@ import data
 
 # ---------------------------------------------------------------- the model
 
-class Residual(torch.nn.Module):
-    """x + F(x), (B, C, H, W) -> the same: 3 x 3 convolution looks around, 1 x 1 mixes channels."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.around = torch.nn.Conv2d(channels, channels, 3, padding=1)
-        self.mix = torch.nn.Conv2d(channels, channels, 1)
+class Residual(torch.nn.Sequential):
+    """x + F(x), where F is the given layers (He et al. 2016, arXiv:1603.05027). At first F changes
+    x only a little, so that several of them can be stacked and still be trained."""
 
     def forward(self, x):
-        h = self.around(torch.nn.functional.gelu(x))
-        return x + self.mix(torch.nn.functional.gelu(h))
+        return x + super().forward(x)
 
 
 class ConvVAE(torch.nn.Module):
@@ -62,11 +57,14 @@ class ConvVAE(torch.nn.Module):
             torch.nn.Linear(512, 2 * latent_dim),       # mu and log sigma^2 of each latent
         )
         self.decoder = torch.nn.Sequential(
-            torch.nn.Linear(latent_dim, 512), torch.nn.GELU(),
-            torch.nn.Linear(512, 512), torch.nn.GELU(),
+            torch.nn.Linear(latent_dim, 512),
+            Residual(torch.nn.GELU(), torch.nn.Linear(512, 512)),
+            Residual(torch.nn.GELU(), torch.nn.Linear(512, 512)), torch.nn.GELU(),
             torch.nn.Linear(512, channels * 7 * 7),
-            torch.nn.Unflatten(1, (channels, 7, 7)),
-            Residual(channels), torch.nn.GELU(),        # (B, 64, 7, 7)
+            torch.nn.Unflatten(1, (channels, 7, 7)),    # (B, 64, 7, 7)
+            Residual(torch.nn.GELU(), torch.nn.Conv2d(channels, channels, 3, padding=1)),
+            Residual(torch.nn.GELU(), torch.nn.Conv2d(channels, channels, 3, padding=1)),
+            torch.nn.GELU(),
             torch.nn.Conv2d(channels, 16, 3, padding=1),
             torch.nn.PixelShuffle(4),                   # (B, 1, 28, 28): one logit per pixel
         )
@@ -114,15 +112,16 @@ def kl_weight(step, warmup_steps):
     return min(1.0, step / warmup_steps) if warmup_steps > 0 else 1.0
 
 
-def train(model, train_images, val_images, epochs, batch_size, lr, warmup_epochs=2,
+def train(model, train_images, val_images, epochs, batch_size, lr, warmup_epochs=8,
           weight_decay=0.0, bf16=False):
     """Minimise recon + w KL on train_images (N, 1, 28, 28) in [0, 1]. Returns the history, a list
     with a dict for each epoch. FloatingPointError if the loss is not finite. If there are fewer
     epochs than warm-up epochs, the warm-up takes all of them. bf16: compute in bfloat16.
 
-    AdamW (without weight decay the same as Adam) with OneCycle: the learning rate rises from
-    lr / 25 to lr in the first 30 % of all steps, then falls almost to 0; meanwhile Adam's beta1
-    goes from 0.95 to 0.85 and back."""
+    AdamW is Adam, but in every step each weight also loses lr * weight_decay of itself (Loshchilov
+    & Hutter 2019, arXiv:1711.05101): only weights that help many images stay large. OneCycle: the
+    learning rate rises from lr / 25 to lr in the first 30 % of all steps, then falls almost to 0;
+    meanwhile Adam's beta1 goes from 0.95 to 0.85 and back."""
     for images in (train_images, val_images):
         if not 0 <= images.min() <= images.max() <= 1:
             raise ValueError("pixels must lie in [0, 1], since the loss is a binary cross-entropy")
@@ -209,13 +208,14 @@ def draw_pictures(model, dataset, history, stem):
 def arguments():
     """The flags of this script, with their defaults."""
     parser = data.Parser(__doc__)
-    parser.add_argument("--epochs", type=int, default=19, help="passes over the images")
-    parser.add_argument("--batch-size", type=int, default=128, help="images in one step")
-    parser.add_argument("--lr", type=float, default=2.5e-3, help="peak learning rate")
+    parser.add_argument("--epochs", type=int, default=24, help="passes over the images")
+    parser.add_argument("--batch-size", type=int, default=256, help="images in one step")
+    parser.add_argument("--lr", type=float, default=3.5e-3, help="peak learning rate")
     parser.add_argument("--latent-dim", type=int, default=32, help="dimensions of z")
-    parser.add_argument("--warmup-epochs", type=float, default=2.0,
+    parser.add_argument("--warmup-epochs", type=float, default=8.0,
                         help="epochs over which the KL weight grows from 0 to 1")
-    parser.add_argument("--weight-decay", type=float, default=0.0, help="of AdamW, for long runs")
+    parser.add_argument("--weight-decay", type=float, default=0.2,
+                        help="of AdamW: how fast weights that do not help shrink")
     parser.add_argument("--seed", type=int, default=0, help="of all random numbers")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--bf16", choices=("auto", "on", "off"), default="auto",

@@ -33,24 +33,19 @@ import data
 
 # ---------------------------------------------------------------- the model
 
-class Residual(torch.nn.Module):
-    """x + F(x), (B, C, H, W) -> the same: 3 x 3 convolution looks around, 1 x 1 mixes channels."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.around = torch.nn.Conv2d(channels, channels, 3, padding=1)
-        self.mix = torch.nn.Conv2d(channels, channels, 1)
+class Residual(torch.nn.Sequential):
+    """x + F(x), where F is the given layers (He et al. 2016, arXiv:1603.05027). At first F changes
+    x only a little, so that several of them can be stacked and still be trained."""
 
     def forward(self, x):
-        h = self.around(torch.nn.functional.gelu(x))
-        return x + self.mix(torch.nn.functional.gelu(h))
+        return x + super().forward(x)
 
 
 class CVAE(torch.nn.Module):
     """Images in [0, 1] (B, 1, 28, 28), labels (B,) -> logits (B, 1, 28, 28). B: batch size. The
     network of conv_vae.py, but told the label, with a smaller z and one dense layer less."""
 
-    def __init__(self, latent_dim=20, channels=64):
+    def __init__(self, latent_dim=32, channels=64):
         super().__init__()
         self.latent_dim = latent_dim
         self.encoder = torch.nn.Sequential(
@@ -60,10 +55,14 @@ class CVAE(torch.nn.Module):
             torch.nn.Linear(512, 2 * latent_dim),       # mu and log sigma^2 of each latent
         )
         self.decoder = torch.nn.Sequential(
-            torch.nn.Linear(latent_dim + 10, 512), torch.nn.GELU(),
+            torch.nn.Linear(latent_dim + 10, 512),
+            Residual(torch.nn.GELU(), torch.nn.Linear(512, 512)),
+            Residual(torch.nn.GELU(), torch.nn.Linear(512, 512)), torch.nn.GELU(),
             torch.nn.Linear(512, channels * 7 * 7),
-            torch.nn.Unflatten(1, (channels, 7, 7)),
-            Residual(channels), torch.nn.GELU(),        # (B, 64, 7, 7)
+            torch.nn.Unflatten(1, (channels, 7, 7)),    # (B, 64, 7, 7)
+            Residual(torch.nn.GELU(), torch.nn.Conv2d(channels, channels, 3, padding=1)),
+            Residual(torch.nn.GELU(), torch.nn.Conv2d(channels, channels, 3, padding=1)),
+            torch.nn.GELU(),
             torch.nn.Conv2d(channels, 16, 3, padding=1),
             torch.nn.PixelShuffle(4),                   # (B, 1, 28, 28): one logit per pixel
         )
@@ -110,22 +109,33 @@ def elbo_terms(logits, x, mu, logvar):
 
 # ---------------------------------------------------------------- training and testing
 
-def train(model, train_images, train_labels, val_images, val_labels, epochs, batch_size, lr,
-          bf16=False):
-    """Minimise the negative ELBO on train_images (N, 1, 28, 28) in [0, 1], train_labels (N,).
-    Returns the history, a list with a dict for each epoch. FloatingPointError if the loss is not
-    finite. bf16: compute in bfloat16.
+def kl_weight(step, warmup_steps):
+    """w(step): from 0 to 1 over the warm-up steps, then 1. step counts optimizer steps from 0."""
+    return min(1.0, step / warmup_steps) if warmup_steps > 0 else 1.0
 
-    Adam with OneCycle: the learning rate rises from lr / 25 to lr in the first 30 % of all steps,
-    then falls almost to 0; meanwhile Adam's beta1 goes from 0.95 to 0.85 and back."""
+
+def train(model, train_images, train_labels, val_images, val_labels, epochs, batch_size, lr,
+          warmup_epochs=8, weight_decay=0.0, bf16=False):
+    """Minimise recon + w KL on train_images (N, 1, 28, 28) in [0, 1], train_labels (N,). Returns
+    the history, a list with a dict for each epoch. FloatingPointError if the loss is not finite. If
+    there are fewer epochs than warm-up epochs, the warm-up takes all of them. bf16: compute in
+    bfloat16.
+
+    AdamW is Adam, but in every step each weight also loses lr * weight_decay of itself (Loshchilov
+    & Hutter 2019, arXiv:1711.05101): only weights that help many images stay large. OneCycle: the
+    learning rate rises from lr / 25 to lr in the first 30 % of all steps, then falls almost to 0;
+    meanwhile Adam's beta1 goes from 0.95 to 0.85 and back."""
     for images in (train_images, val_images):
         if not 0 <= images.min() <= images.max() <= 1:
             raise ValueError("pixels must lie in [0, 1], since the loss is a binary cross-entropy")
     device = next(model.parameters()).device
     train_images, train_labels = train_images.to(device), train_labels.to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr, betas=(0.9, 0.99), fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), fused=True,
+                                  weight_decay=weight_decay)
     steps = math.ceil(len(train_images) / batch_size)   # in one epoch
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * steps)
+    warmup_steps = round(min(warmup_epochs, epochs) * steps)
+    steps_taken = 0                                     # by the optimizer, in all epochs
     history, start = [], time.time()
     for epoch in range(1, epochs + 1):
         model.train()
@@ -138,7 +148,8 @@ def train(model, train_images, train_labels, val_images, val_labels, epochs, bat
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 logits, mu, logvar = model(x, y)
             recon, kl = elbo_terms(logits.float(), x, mu.float(), logvar.float())
-            loss = (recon + kl).mean()
+            w = kl_weight(steps_taken, warmup_steps)
+            loss = (recon + w * kl).mean()
             if not torch.isfinite(loss):
                 raise FloatingPointError(f"the loss is {loss.item()} in epoch {epoch}, step {step}:"
                                          " choose a lower learning rate (--lr)")
@@ -146,6 +157,7 @@ def train(model, train_images, train_labels, val_images, val_labels, epochs, bat
             loss.backward()
             optimizer.step()
             schedule.step()
+            steps_taken += 1
             recon_sum += recon.sum().item()
             kl_sum += kl.sum().item()
         mean_recon, mean_kl = recon_sum / len(train_images), kl_sum / len(train_images)
@@ -153,7 +165,7 @@ def train(model, train_images, train_labels, val_images, val_labels, epochs, bat
         history.append({"recon": mean_recon, "kl": mean_kl,
                         "val_recon": val["recon"], "val_kl": val["kl"]})
         seconds = time.time() - start
-        print(f"epoch {epoch:3}/{epochs}  "
+        print(f"epoch {epoch:3}/{epochs}  KL weight {w:.2f}  "
               f"train: recon {mean_recon:.2f} KL {mean_kl:.2f} total {mean_recon + mean_kl:.2f}  "
               f"val: recon {val['recon']:.2f} KL {val['kl']:.2f} total {val['total']:.2f}  "
               f"{seconds:.0f} s, {seconds / epoch * (epochs - epoch):.0f} s left", flush=True)
@@ -216,10 +228,14 @@ def draw_pictures(model, dataset, history, stem):
 def arguments():
     """The flags of this script, with their defaults."""
     parser = data.Parser(__doc__)
-    parser.add_argument("--epochs", type=int, default=20, help="passes over the images")
-    parser.add_argument("--batch-size", type=int, default=128, help="images in one step")
-    parser.add_argument("--lr", type=float, default=2.5e-3, help="peak learning rate")
-    parser.add_argument("--latent-dim", type=int, default=20, help="dimensions of z")
+    parser.add_argument("--epochs", type=int, default=24, help="passes over the images")
+    parser.add_argument("--batch-size", type=int, default=256, help="images in one step")
+    parser.add_argument("--lr", type=float, default=3.5e-3, help="peak learning rate")
+    parser.add_argument("--latent-dim", type=int, default=32, help="dimensions of z")
+    parser.add_argument("--warmup-epochs", type=float, default=8.0,
+                        help="epochs over which the KL weight grows from 0 to 1")
+    parser.add_argument("--weight-decay", type=float, default=0.2,
+                        help="of AdamW: how fast weights that do not help shrink")
     parser.add_argument("--seed", type=int, default=0, help="of all random numbers")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--bf16", choices=("auto", "on", "off"), default="auto",
@@ -252,7 +268,8 @@ def main(argv=None, dataset=None):
     start = time.time()
     history = train(model, dataset.train_images, dataset.train_labels,
                     dataset.val_images, dataset.val_labels,
-                    args.epochs, args.batch_size, args.lr, bf16)
+                    args.epochs, args.batch_size, args.lr, args.warmup_epochs, args.weight_decay,
+                    bf16)
     torch.manual_seed(args.seed)                        # so that evaluate.py can repeat this test
     metrics = test(model, dataset.test_images, dataset.test_labels)
     metrics["seconds"] = time.time() - start

@@ -40,6 +40,14 @@ import data
 
 # ---------------------------------------------------------------- the model
 
+class Residual(torch.nn.Sequential):
+    """x + F(x), where F is the given layers (He et al. 2016, arXiv:1603.05027). At first F changes
+    x only a little, so that several of them can be stacked and still be trained."""
+
+    def forward(self, x):
+        return x + super().forward(x)
+
+
 class VAE(torch.nn.Module):
     """Images in [0, 1] -> logits, both (B, 1, 28, 28), through z (B, latent_dim). B: batch size."""
 
@@ -48,13 +56,14 @@ class VAE(torch.nn.Module):
         self.latent_dim = latent_dim
         self.encoder = torch.nn.Sequential(
             torch.nn.Flatten(),
-            torch.nn.Linear(784, hidden), torch.nn.GELU(),
+            torch.nn.Linear(784, hidden), torch.nn.LayerNorm(hidden), torch.nn.GELU(),
             torch.nn.Linear(hidden, hidden), torch.nn.GELU(),
             torch.nn.Linear(hidden, 2 * latent_dim),    # mu and log sigma^2 of each latent
         )
         self.decoder = torch.nn.Sequential(
-            torch.nn.Linear(latent_dim, hidden), torch.nn.GELU(),
-            torch.nn.Linear(hidden, hidden), torch.nn.GELU(),
+            torch.nn.Linear(latent_dim, hidden),
+            Residual(torch.nn.GELU(), torch.nn.Linear(hidden, hidden)),
+            Residual(torch.nn.GELU(), torch.nn.Linear(hidden, hidden)), torch.nn.GELU(),
             torch.nn.Linear(hidden, 784),               # one logit per pixel
         )
 
@@ -206,9 +215,9 @@ def draw_map(model, dataset, path):
 def arguments():
     """The flags of this script, with their defaults."""
     parser = data.Parser(__doc__)
-    parser.add_argument("--epochs", type=int, default=18, help="passes over the images")
-    parser.add_argument("--batch-size", type=int, default=128, help="images in one step")
-    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument("--epochs", type=int, default=24, help="passes over the images")
+    parser.add_argument("--batch-size", type=int, default=256, help="images in one step")
+    parser.add_argument("--lr", type=float, default=2.5e-3, help="peak learning rate")
     parser.add_argument("--latent-dim", type=int, default=20, help="dimensions of z")
     parser.add_argument("--seed", type=int, default=0, help="of all random numbers")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
