@@ -8,11 +8,11 @@ rate-distortion curve (Alemi et al. 2018, arXiv:1711.00464): the rate is the KL,
 recon. Each model is trained with its own beta, but for all of them we report recon + KL, since
 totals that are weighted differently cannot be compared.
 
-What does each latent, each dimension of z, learn? Two pictures show it: traversals (decode z while
-one latent moves) and the correlation of each latent with six attributes of the image, such as its
-width. It is often said that a large beta gives each attribute a latent of its own. We measure that
-by a gap: the best correlation of an attribute minus the second best. Some gap arises by chance, and
-the null tells how much: it is the gap of the same codes after z was rotated at random.
+What does each latent, each dimension of z, learn? Traversals show it (decode z while one latent
+moves), and the correlation of each latent with six attributes of the image, such as its width. It
+is often said that a large beta gives each attribute a latent of its own. We measure that by a gap:
+the best correlation of an attribute minus the second best. Some gap arises by chance; the null
+tells how much: it is the gap of the same codes after z was rotated at random.
 
     python beta_vae.py                  # six minutes on two CPU cores
 
@@ -34,8 +34,7 @@ ATTRIBUTES = ["ink", "width", "height", "centre", "symmetry", "top"]
 # ---------------------------------------------------------------- the model
 
 class Residual(torch.nn.Sequential):
-    """x + F(x), where F is the given layers (He et al. 2016, arXiv:1603.05027). At first F changes
-    x only a little, so that several of them can be stacked and still be trained."""
+    """x + F(x), F being the given layers (He et al. 2016, arXiv:1603.05027): x is not lost."""
 
     def forward(self, x):
         return x + super().forward(x)
@@ -180,8 +179,7 @@ def attributes(images):
     width = extent(bright.any(dim=1))                   # which columns hold a bright pixel?
     height = extent(bright.any(dim=2))                  # which rows do?
     centre = (x.sum(2) * torch.arange(28)).sum(1) / ink
-    mirrored = x.flip(2)
-    symmetry = 1 - (x - mirrored).abs().sum((1, 2)) / (2 * ink)
+    symmetry = 1 - (x - x.flip(2)).abs().sum((1, 2)) / (2 * ink)
     top = x[:, :14].sum((1, 2)) / ink
     return torch.stack([ink, width, height, centre, symmetry, top], dim=1)
 
@@ -262,8 +260,7 @@ def plot_tradeoff(sweep, path):
     axes = figure.add_subplot(title="A small beta lets z tell more, so images are sharper",
                               xlabel="rate: KL, nats", xmargin=0.15,
                               ylabel="distortion: recon above the floor, nats")
-    kl = [metrics["kl"] for _, _, metrics in sweep.values()]
-    excess = [metrics["excess"] for _, _, metrics in sweep.values()]
+    kl, excess = zip(*((m["kl"], m["excess"]) for _, _, m in sweep.values()))
     axes.plot(kl, excess, "o-")
     for i, beta in enumerate(sweep):
         axes.annotate(f"beta {beta:g}", (kl[i], excess[i]), (9, 2), textcoords="offset points")
@@ -281,10 +278,9 @@ def draw_traversals(sweep, image, path):
     figure = data.Figure((3.4 * len(sweep), 5.6), 110, layout="constrained")
     figure.suptitle("One latent a row moves from -3 to 3. At the left: its KL, in nats")
     for i, (beta, (model, analysis, _)) in enumerate(sweep.items(), 1):
-        order = analysis.kl.argsort(descending=True).tolist()       # what tells most comes first
         mu, _ = model.encode(image)                     # (1, D)
         rows, titles = [], []
-        for d in order:
+        for d in analysis.kl.argsort(descending=True).tolist():     # what tells most comes first
             z = mu.repeat(5, 1)                         # (5, D)
             z[:, d] = torch.linspace(-3, 3, 5)
             rows.append(model.decode(z)[:, 0].sigmoid())                    # (5, 28, 28)
@@ -306,22 +302,19 @@ def draw_attributes(sweep, path):
         if not analysis.latents:                        # a collapsed model has nothing to show
             axes.set_axis_off()
             continue
-        axes.imshow(analysis.rho.numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        axes.imshow(analysis.rho.numpy(), cmap="Blues", vmin=0, vmax=2, aspect="auto")
         axes.set_xticks(range(len(ATTRIBUTES)), ATTRIBUTES, rotation=45, ha="right")
         axes.set_yticks(range(len(analysis.latents)), [f"z{d}" for d in analysis.latents])
         for row, strengths in enumerate(analysis.rho.tolist()):
             for column, strength in enumerate(strengths):
-                axes.text(column, row, f"{strength:.2f}", ha="center", va="center", fontsize=8,
-                          color="white" if strength > 0.6 else "black")
+                axes.text(column, row, f"{strength:.2f}", ha="center", va="center", fontsize=8)
     data.save_figure(figure, path)
 
 
 def draw_comparison(sweep, image, stem):
-    """The pictures of a sweep, {beta: (model, its Analysis, its metrics)}; those of latents for at
-    most four betas. stem: the start of their names."""
+    """All pictures of a sweep, {beta: (model, Analysis, metrics)}; of latents, for four betas."""
     plot_tradeoff(sweep, f"{stem}-tradeoff.png")
-    step = math.ceil(len(sweep) / 4)
-    some = {beta: sweep[beta] for beta in list(sweep)[::step]}
+    some = {beta: sweep[beta] for beta in list(sweep)[::math.ceil(len(sweep) / 4)]}
     draw_traversals(some, image, f"{stem}-traversals.png")
     draw_attributes(some, f"{stem}-attributes.png")
     print(f"-> {stem}-tradeoff.png, -traversals.png, -attributes.png")
@@ -352,8 +345,7 @@ def load_model(path, device="cpu"):
 
 @data.command
 def main(argv=None, dataset=None):
-    """Train, test and save each beta, then compare them; returns the paths of the checkpoints.
-    dataset: what data.load() gave."""
+    """Train, test, save each beta, compare; returns [paths]. dataset: what data.load() gave."""
     parser = arguments()
     args = parser.parse_args(argv)
     data.check_flags(args)
@@ -384,8 +376,7 @@ def main(argv=None, dataset=None):
         metrics["excess"] = metrics["recon"] - floor
         print(f"test ({dataset.source}), beta {beta:g}: recon {metrics['recon']:.2f},"
               f" {metrics['excess']:.2f} above the floor, KL {metrics['kl']:.2f}, total"
-              f" {metrics['total']:.2f} nats per image, {metrics['seconds']:.0f} s")
-        print(f"-> {paths[-1]}")
+              f" {metrics['total']:.2f} nats per image, {metrics['seconds']:.0f} s\n-> {paths[-1]}")
         trained[beta] = model.cpu(), metrics
     if args.train_only:
         return paths

@@ -34,8 +34,7 @@ import data
 # ---------------------------------------------------------------- the model
 
 class Residual(torch.nn.Sequential):
-    """x + F(x), where F is the given layers (He et al. 2016, arXiv:1603.05027). At first F changes
-    x only a little, so that several of them can be stacked and still be trained."""
+    """x + F(x), F being the given layers (He et al. 2016, arXiv:1603.05027): x is not lost."""
 
     def forward(self, x):
         return x + super().forward(x)

@@ -327,8 +327,7 @@ def find_or_train(entry, seed, args, dataset):
     if entry.beta is not None:
         name += f"-beta{entry.beta:g}"
         flags += ["--betas", f"{entry.beta}", "--train-only"]
-    if args.epochs:
-        flags += ["--epochs", f"{args.epochs}"]
+    flags += ["--epochs", f"{args.epochs}"] if args.epochs else []
     parser = entry.script.arguments()
     wanted = parser.parse_args(flags)
     name = data.run_name(f"{name}-{dataset.source}-seed{seed}", parser, wanted)
@@ -346,7 +345,8 @@ def find_or_train(entry, seed, args, dataset):
 def main(argv=None):
     """Train what is missing, measure, save, print, draw; returns [path of the results]."""
     parser = data.Parser(__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="each trains all models")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0],
+                        help="each trains all models; the seven β-VAEs, the first three")
     parser.add_argument("--epochs", type=int, help="of all trainings, for a trial")
     parser.add_argument("--split", choices=("test", "val"), default="test", help="val: to choose")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
@@ -369,7 +369,7 @@ def main(argv=None):
     rows, models, sweep = [], {}, {}                    # models, sweep: of the first seed
     for entry in STUDY:
         rows_of_seeds = []
-        for seed in args.seeds:
+        for seed in args.seeds if entry.beta is None else args.seeds[:3]:
             print(f"\n=== {entry.name}, seed {seed}", flush=True)
             path = find_or_train(entry, seed, args, dataset)
             model, meta = entry.script.load_model(path, device)

@@ -19,7 +19,7 @@ N(0, I), so that later we can draw z from N(0, I) and decode it to a new image. 
 nat is 1.44 bits) per image: summed over pixels and over latents, averaged over images.
 
     python vae.py                       # two minutes on two CPU cores
-    python vae.py --latent-dim 2        # draws the map of a latent space that fits on paper
+    python vae.py --latent-dim 2        # also draws its latent space, which then fits on paper
 
 You should see (full data, seed 0) a test total of about 237.95 nats: recon 225.17, which is 35.31
 above the entropy floor (the recon of a perfect decoder, see data.py), and KL 12.78. Reconstructions
@@ -41,8 +41,7 @@ import data
 # ---------------------------------------------------------------- the model
 
 class Residual(torch.nn.Sequential):
-    """x + F(x), where F is the given layers (He et al. 2016, arXiv:1603.05027). At first F changes
-    x only a little, so that several of them can be stacked and still be trained."""
+    """x + F(x), F being the given layers (He et al. 2016, arXiv:1603.05027): x is not lost."""
 
     def forward(self, x):
         return x + super().forward(x)
@@ -210,6 +209,39 @@ def draw_map(model, dataset, path):
     data.save_figure(figure, path)
 
 
+@torch.no_grad()
+def draw_idea(model, dataset, path):
+    """The way of one test image through a VAE with two latents: from the image to q(z | x), from
+    there to three draws of z, and from each of these to what the decoder makes of it."""
+    device = next(model.parameters()).device
+    x = dataset.test_images[:1].to(device)              # (1, 1, 28, 28)
+    mu, logvar = model.encode(x)                        # (1, 2) each
+    sigma = torch.exp(0.5 * logvar)
+    z = model.reparameterize(mu.repeat(3, 1), logvar.repeat(3, 1))          # (3, 2): three draws
+    decoded = model.decode(z).sigmoid()                 # (3, 1, 28, 28)
+
+    figure = data.Figure(figsize=(11, 3.6), dpi=100, layout="constrained")
+    grid = figure.add_gridspec(1, 3, width_ratios=(3, 5, 3))
+    data.draw_grid(figure.add_subplot(grid[0]), x, "1. an image x")
+    (m1, m2), (s1, s2) = mu[0].tolist(), sigma[0].tolist()
+    axes = figure.add_subplot(grid[1], title="2. the encoder: where may its z lie?",
+                              xlabel="z1", ylabel="z2",
+                              xlim=(m1 - 6 * s1, m1 + 6 * s1), ylim=(m2 - 4 * s2, m2 + 4 * s2))
+    others, _ = model.encode(dataset.test_images.to(device))                # (N, 2)
+    axes.scatter(*others.cpu().T, s=4, color="silver", label="mu of other test images")
+    circle = torch.linspace(0, 2 * math.pi, 100)
+    axes.plot(m1 + 2 * s1 * circle.cos(), m2 + 2 * s2 * circle.sin(),
+              label="q(z | x): mu and 2 sigma around it")
+    axes.plot(m1, m2, "C0o")
+    axes.plot(*z.cpu().T, "C1x", label="3. three draws of z")
+    for number, (z1, z2) in enumerate(z.tolist(), 1):
+        axes.annotate(f"{number}", (z1, z2), (4, 4), textcoords="offset points", color="C1")
+    axes.legend(loc="upper left", fontsize=7)
+    data.draw_grid(figure.add_subplot(grid[2]), decoded, "4. the decoder: what\neach z may look like",
+                   ("z 1", "z 2", "z 3"))
+    data.save_figure(figure, path)
+
+
 # ---------------------------------------------------------------- the section
 
 def arguments():
@@ -260,6 +292,7 @@ def main(argv=None, dataset=None):
     draw_pictures(model, dataset, history, args.out / name)
     if args.latent_dim == 2:
         draw_map(model, dataset, args.out / f"{name}-map.png")
+        draw_idea(model, dataset, args.out / f"{name}-idea.png")
     floor = data.pixel_entropy(dataset.test_images).mean().item()
     print(f"test ({dataset.source}): recon {metrics['recon']:.2f},"
           f" {metrics['recon'] - floor:.2f} above the floor, KL"
