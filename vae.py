@@ -237,7 +237,7 @@ def draw_idea(model, dataset, path):
     for number, (z1, z2) in enumerate(z.tolist(), 1):
         axes.annotate(f"{number}", (z1, z2), (4, 4), textcoords="offset points", color="C1")
     axes.legend(loc="upper left", fontsize=7)
-    data.draw_grid(figure.add_subplot(grid[2]), decoded, "4. the decoder: what\neach z may look like",
+    data.draw_grid(figure.add_subplot(grid[2]), decoded, "4. the decoder: how\neach z may look",
                    ("z 1", "z 2", "z 3"))
     data.save_figure(figure, path)
 
