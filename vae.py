@@ -189,14 +189,14 @@ def draw_map(model, dataset, path):
     """The map of a latent space with two dimensions (Kingma & Welling, figure 4): where the encoder
     puts the test images, and what the decoder draws at each place."""
     device = next(model.parameters()).device
-    figure = data.Figure(figsize=(11, 5.5), dpi=80, layout="constrained")
+    figure = data.Figure(figsize=(11, 5.5), dpi=75, layout="constrained")
     left = figure.add_subplot(1, 2, 1, title="Where the encoder puts the test images (mu)",
                               xlabel="z1", ylabel="z2", xlim=(-4, 4), ylim=(-4, 4), aspect="equal")
     mu, _ = model.encode(dataset.test_images.to(device))                    # (N, 2)
     for c, name in enumerate(data.CLASSES):
         z1, z2 = mu[dataset.test_labels == c].cpu().T
-        left.scatter(z1, z2, s=3, color=f"C{c}", label=name)
-    left.legend(loc="upper right", fontsize=8, markerscale=3)
+        left.scatter(z1, z2, s=2, color=f"C{c}", label=name)
+    left.legend(loc="upper right", fontsize=8, markerscale=4)
     # Quantiles of N(0, 1) cover the prior evenly: each row and column has the same probability.
     quantiles = torch.distributions.Normal(0, 1).icdf(torch.linspace(0.03, 0.97, 16))
     z1 = quantiles.repeat(16)                           # (256,), from left to right in each row
