@@ -1350,8 +1350,9 @@ def test_readme_and_report_show_the_recorded_tables():
     rows = {row["model"]: row for row in results["rows"]}
     assert rows["Conv VAE"]["total"]["mean"] < rows["MLP VAE"]["total"]["mean"]
     assert results["seeds"] == [0, 1, 2, 3, 4] and rows["MLP VAE"]["total"]["n"] == 5
-    best = min((row for row in results["rows"] if row["beta"]), key=lambda row: row["total"]["mean"])
-    few = [row for row in results["rows"] if row["beta"] in (None, 1.0, best["beta"])]
+    sweep = [row for row in results["rows"] if row["beta"]]
+    best = min(sweep, key=lambda row: row["total"]["mean"])["beta"]
+    few = [row for row in results["rows"] if row["beta"] in (None, 1.0, best)]
     columns = ["model", "excess", "kl", "total", "fid_prior", "control_prior"]
     for line in evaluate.table(few, columns):
         assert line in readme, line
