@@ -14,10 +14,10 @@ is often said that a large beta gives each attribute a latent of its own. We mea
 the best correlation of an attribute minus the second best. Some gap arises by chance; the null
 tells how much: it is the gap of the same codes after z was rotated at random.
 
-    python beta_vae.py                  # six minutes on two CPU cores
+    python beta_vae.py                  # four minutes on one CPU core
 
-You should see (full data, seed 0), from beta = 0.25 to 16, recon rise from 219.67 to 273.03 nats on
-the test images and KL fall from 22.20 to 2.79. The gap minus its null shows no trend.
+You should see (full data, seed 0), from beta = 0.25 to 16, recon rise from 219.24 to 272.54 nats on
+the test images and KL fall from 23.20 to 2.81. The gap minus its null shows no trend.
 Try: --betas 0 (almost an autoencoder; look at its samples), or --betas 100.
 """
 import math
