@@ -34,7 +34,7 @@ ATTRIBUTES = ["ink", "width", "height", "centre", "symmetry", "top"]
 # ---------------------------------------------------------------- the model
 
 class Residual(torch.nn.Sequential):
-    """x + F(x), F being the given layers (He et al. 2016, arXiv:1603.05027): x is not lost."""
+    """x + F(x): F, the given layers, learns only a change (He et al. 2016, arXiv:1603.05027)."""
 
     def forward(self, x):
         return x + super().forward(x)
@@ -260,14 +260,11 @@ def plot_tradeoff(sweep, path):
     axes = figure.add_subplot(title="A small beta lets z tell more, so images are sharper",
                               xlabel="rate: KL, nats", xmargin=0.15,
                               ylabel="distortion: recon above the floor, nats")
-    kl, excess = zip(*((m["kl"], m["excess"]) for _, _, m in sweep.values()))
+    kl = [metrics["kl"] for _, _, metrics in sweep.values()]
+    excess = [metrics["excess"] for _, _, metrics in sweep.values()]
     axes.plot(kl, excess, "o-")
     for i, beta in enumerate(sweep):
         axes.annotate(f"beta {beta:g}", (kl[i], excess[i]), (9, 2), textcoords="offset points")
-    best = min(range(len(kl)), key=lambda i: kl[i] + excess[i])
-    axes.axline((kl[best], excess[best]), slope=-1, ls="--", color="gray",
-                label="all with the lowest total of these")
-    axes.legend()
     data.save_figure(figure, path)
 
 
@@ -302,7 +299,7 @@ def draw_attributes(sweep, path):
         if not analysis.latents:                        # a collapsed model has nothing to show
             axes.set_axis_off()
             continue
-        axes.imshow(analysis.rho.numpy(), cmap="Blues", vmin=0, vmax=2, aspect="auto")
+        axes.imshow(analysis.rho.numpy(), cmap="Blues", vmin=0, vmax=1, alpha=0.5, aspect="auto")
         axes.set_xticks(range(len(ATTRIBUTES)), ATTRIBUTES, rotation=45, ha="right")
         axes.set_yticks(range(len(analysis.latents)), [f"z{d}" for d in analysis.latents])
         for row, strengths in enumerate(analysis.rho.tolist()):
@@ -312,9 +309,10 @@ def draw_attributes(sweep, path):
 
 
 def draw_comparison(sweep, image, stem):
-    """All pictures of a sweep, {beta: (model, Analysis, metrics)}; of latents, for four betas."""
+    """The pictures of a sweep {beta: (model, Analysis, metrics)}: its curve, latents of 4 betas."""
     plot_tradeoff(sweep, f"{stem}-tradeoff.png")
-    some = {beta: sweep[beta] for beta in list(sweep)[::math.ceil(len(sweep) / 4)]}
+    step = math.ceil(len(sweep) / 4)
+    some = {beta: sweep[beta] for beta in list(sweep)[::step]}
     draw_traversals(some, image, f"{stem}-traversals.png")
     draw_attributes(some, f"{stem}-attributes.png")
     print(f"-> {stem}-tradeoff.png, -traversals.png, -attributes.png")
@@ -345,7 +343,7 @@ def load_model(path, device="cpu"):
 
 @data.command
 def main(argv=None, dataset=None):
-    """Train, test, save each beta, compare; returns [paths]. dataset: what data.load() gave."""
+    """Train and test each beta, compare; returns the paths. dataset: what data.load() gave."""
     parser = arguments()
     args = parser.parse_args(argv)
     data.check_flags(args)
@@ -376,7 +374,8 @@ def main(argv=None, dataset=None):
         metrics["excess"] = metrics["recon"] - floor
         print(f"test ({dataset.source}), beta {beta:g}: recon {metrics['recon']:.2f},"
               f" {metrics['excess']:.2f} above the floor, KL {metrics['kl']:.2f}, total"
-              f" {metrics['total']:.2f} nats per image, {metrics['seconds']:.0f} s\n-> {paths[-1]}")
+              f" {metrics['total']:.2f} nats per image, {metrics['seconds']:.0f} s")
+        print(f"-> {paths[-1]}")
         trained[beta] = model.cpu(), metrics
     if args.train_only:
         return paths

@@ -2,7 +2,7 @@
 
 The VAE of section 2 treats an image as 784 unrelated numbers. Here an image is cut into a grid of
 7 x 7 patches, each of 4 x 4 pixels, and convolutions look at each patch together with its
-neighbours. In the decoder two residual blocks do so once more. z has 32 dimensions instead of 20.
+neighbours; residual layers in the decoder do so again. z has 32 dimensions instead of 20.
 And the KL is warmed up (Bowman et al. 2016, arXiv:1511.06349, section 3.1; linearly, as in
 Sonderby et al. 2016, arXiv:1602.02282): its weight grows from 0 to 1,
 
@@ -35,7 +35,7 @@ import data
 # ---------------------------------------------------------------- the model
 
 class Residual(torch.nn.Sequential):
-    """x + F(x), F being the given layers (He et al. 2016, arXiv:1603.05027): x is not lost."""
+    """x + F(x): F, the given layers, learns only a change (He et al. 2016, arXiv:1603.05027)."""
 
     def forward(self, x):
         return x + super().forward(x)
@@ -112,7 +112,7 @@ def kl_weight(step, warmup_steps):
 
 
 def train(model, train_images, val_images, epochs, batch_size, lr, warmup_epochs=8,
-          weight_decay=0.0, bf16=False):
+          weight_decay=0.2, bf16=False):
     """Minimise recon + w KL on train_images (N, 1, 28, 28) in [0, 1]. Returns the history, a list
     with a dict for each epoch. FloatingPointError if the loss is not finite. If there are fewer
     epochs than warm-up epochs, the warm-up takes all of them. bf16: compute in bfloat16.

@@ -2,7 +2,8 @@
 
 Encoder and decoder are both told the label y (Kingma et al. 2014, arXiv:1406.5298, model M2; Sohn
 et al. 2015, NeurIPS, eq. 4, where x is what is given and y what is drawn, and the prior is learned;
-ours stays N(0, I)). The loss is that of section 2, with everything given y:
+ours stays N(0, I)). The loss is that of section 2, with everything given y; while training, its KL
+is warmed up as in section 3:
 
     loss  =  E_q(z | x, y)[ -log p(x | z, y) ]  +  KL( q(z | x, y) || N(0, I) )
 
@@ -32,7 +33,7 @@ import data
 # ---------------------------------------------------------------- the model
 
 class Residual(torch.nn.Sequential):
-    """x + F(x), F being the given layers (He et al. 2016, arXiv:1603.05027): x is not lost."""
+    """x + F(x): F, the given layers, learns only a change (He et al. 2016, arXiv:1603.05027)."""
 
     def forward(self, x):
         return x + super().forward(x)
@@ -112,7 +113,7 @@ def kl_weight(step, warmup_steps):
 
 
 def train(model, train_images, train_labels, val_images, val_labels, epochs, batch_size, lr,
-          warmup_epochs=8, weight_decay=0.0, bf16=False):
+          warmup_epochs=8, weight_decay=0.2, bf16=False):
     """Minimise recon + w KL on train_images (N, 1, 28, 28) in [0, 1], train_labels (N,). Returns
     the history, a list with a dict for each epoch. FloatingPointError if the loss is not finite. If
     there are fewer epochs than warm-up epochs, the warm-up takes all of them. bf16: compute in

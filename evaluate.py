@@ -223,7 +223,7 @@ def measure(entry, model, meta, dataset, real):
     can_ask = asked if is_conditional(model) else None
     told = [real.labels] if is_conditional(model) else []
     row = dict.fromkeys(MAIN + IMAGES + BOUNDS + SWEEP) | {
-        "model": entry.name, "beta": entry.beta, "latent_dim": model.latent_dim,
+        "model": entry.name, "latent_dim": model.latent_dim,
         "params": sum(p.numel() for p in model.parameters()), "seconds": meta["metrics"]["seconds"]}
     torch.manual_seed(meta["seed"])                     # the seed of the script's own test
     row |= entry.script.test(model, real.images, *told)
@@ -253,7 +253,7 @@ def average(rows):
     averaged = dict(rows[0])                            # names, sizes, and what does not apply
     for key, first in rows[0].items():
         values = [row[key] for row in rows]
-        if len(rows) > 1 and isinstance(first, float) and key != "beta":
+        if len(rows) > 1 and isinstance(first, float):
             averaged[key] = {"mean": mean(values), "std": stdev(values), "n": len(values)}
     return averaged
 
@@ -322,13 +322,13 @@ def find_or_train(entry, seed, args, dataset):
     """The path of a model's checkpoint. If it is not there, its script trains it now; if it is, it
     must have been trained by the settings of this study (UserError)."""
     name = entry.script.__name__
-    flags = ["--data", dataset.source, "--seed", f"{seed}", "--device", args.device,
-             f"--out={args.out}"]
+    parser = entry.script.arguments()
+    epochs = args.epochs or parser.get_default("epochs")
+    flags = ["--data", dataset.source, "--seed", f"{seed}", "--epochs", f"{epochs}",
+             "--device", args.device, f"--out={args.out}"]
     if entry.beta is not None:
         name += f"-beta{entry.beta:g}"
         flags += ["--betas", f"{entry.beta}", "--train-only"]
-    flags += ["--epochs", f"{args.epochs}"] if args.epochs else []
-    parser = entry.script.arguments()
     wanted = parser.parse_args(flags)
     name = data.run_name(f"{name}-{dataset.source}-seed{seed}", parser, wanted)
     path = args.out / f"{name}.pt"
@@ -362,14 +362,14 @@ def main(argv=None):
     floor = data.pixel_entropy(images).mean().item()
     yardsticks = {
         "entropy floor": floor,
-        "nats to add to the CVAE's total and iw": math.log(10),
         "fid of halves of the images": frechet_distance(real.features[::2], real.features[1::2]),
         "control of real images": controllability(real.judged, labels)[0],
         "memorised by chance": 1 / (1 + len(images) / len(dataset.train_images))}
     rows, models, sweep = [], {}, {}                    # models, sweep: of the first seed
     for entry in STUDY:
         rows_of_seeds = []
-        for seed in args.seeds if entry.beta is None else args.seeds[:3]:
+        seeds = args.seeds if entry.beta is None else args.seeds[:3]    # there are seven betas
+        for seed in seeds:
             print(f"\n=== {entry.name}, seed {seed}", flush=True)
             path = find_or_train(entry, seed, args, dataset)
             model, meta = entry.script.load_model(path, device)
@@ -381,13 +381,13 @@ def main(argv=None):
                 row |= {key: getattr(analysis, key) for key in ("active", "gap", "null", "beaten")}
                 sweep.setdefault(entry.beta, (model, analysis, row))
             rows_of_seeds.append(row)
-        rows.append(average(rows_of_seeds))
+        rows.append(average(rows_of_seeds) | {"beta": entry.beta})
     results = {"data": dataset.source, "split": args.split, "n": len(images), "seeds": args.seeds,
                "epochs": args.epochs, "device": str(device), "torch": str(torch.__version__),
                "date": time.strftime("%Y-%m-%d"), "floor": floor,
                "judge_sha256": judge_meta["sha256"], "yardsticks": yardsticks, "rows": rows}
-    seeds = "-".join(str(seed) for seed in args.seeds)
-    name = data.run_name(f"results-{dataset.source}-seeds{seeds}", parser, args)
+    numbers = "-".join(str(seed) for seed in args.seeds)
+    name = data.run_name(f"results-{dataset.source}-seeds{numbers}", parser, args)
     path = args.out / f"{name}.json"
     data.write_file(path, json.dumps(results, indent=1, allow_nan=False).encode())
     print("", *report(results), f"-> {path}", sep="\n")

@@ -44,7 +44,7 @@ import data
 # ---------------------------------------------------------------- the model
 
 class Residual(torch.nn.Sequential):
-    """x + F(x), F being the given layers (He et al. 2016, arXiv:1603.05027): x is not lost."""
+    """x + F(x): F, the given layers, learns only a change (He et al. 2016, arXiv:1603.05027)."""
 
     def forward(self, x):
         return x + super().forward(x)
@@ -226,22 +226,24 @@ def draw_idea(model, dataset, path):
     figure = data.Figure(figsize=(11, 3.6), dpi=100, layout="constrained")
     grid = figure.add_gridspec(1, 3, width_ratios=(3, 5, 3))
     data.draw_grid(figure.add_subplot(grid[0]), x, "1. an image x")
-    (m1, m2), (s1, s2) = mu[0].tolist(), sigma[0].tolist()
+    m1, m2 = mu[0].tolist()
+    s1, s2 = sigma[0].tolist()
     axes = figure.add_subplot(grid[1], title="2. the encoder: where may its z lie?",
                               xlabel="z1", ylabel="z2",
                               xlim=(m1 - 6 * s1, m1 + 6 * s1), ylim=(m2 - 4 * s2, m2 + 4 * s2))
     others, _ = model.encode(dataset.test_images.to(device))                # (N, 2)
-    axes.scatter(*others.cpu().T, s=4, color="silver", label="mu of other test images")
+    axes.scatter(others[:, 0].cpu(), others[:, 1].cpu(), s=4, color="silver",
+                 label="mu of other test images")
     circle = torch.linspace(0, 2 * math.pi, 100)
     axes.plot(m1 + 2 * s1 * circle.cos(), m2 + 2 * s2 * circle.sin(),
               label="q(z | x): mu and 2 sigma around it")
-    axes.plot(m1, m2, "C0o")
-    axes.plot(*z.cpu().T, "C1x", label="3. three draws of z")
+    axes.plot(m1, m2, "o", color="C0")
+    axes.plot(z[:, 0].cpu(), z[:, 1].cpu(), "x", color="C1", label="3. three draws of z")
     for number, (z1, z2) in enumerate(z.tolist(), 1):
         axes.annotate(f"{number}", (z1, z2), (4, 4), textcoords="offset points", color="C1")
     axes.legend(loc="upper left", fontsize=7)
-    data.draw_grid(figure.add_subplot(grid[2]), decoded, "4. the decoder: how\neach z may look",
-                   ("z 1", "z 2", "z 3"))
+    data.draw_grid(figure.add_subplot(grid[2]), decoded, "4. the decoder: how\neach draw may look",
+                   ("draw 1", "draw 2", "draw 3"))
     data.save_figure(figure, path)
 
 
