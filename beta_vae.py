@@ -14,7 +14,7 @@ is often said that a large beta gives each attribute a latent of its own. We mea
 the best correlation of an attribute minus the second best. Some gap arises by chance; the null
 tells how much: it is the gap of the same codes after z was rotated at random.
 
-    python beta_vae.py                  # four minutes on one CPU core
+    python beta_vae.py                  # three minutes on two CPU cores
 
 You should see (full data, seed 0), from beta = 0.25 to 16, recon rise from 219.24 to 272.54 nats on
 the test images and KL fall from 23.20 to 2.81. The gap minus its null shows no trend.
@@ -258,7 +258,7 @@ def plot_tradeoff(sweep, path):
     """Rate against distortion, a point for each beta."""
     figure = data.Figure((6, 4.2), 110, layout="constrained")
     axes = figure.add_subplot(title="A small beta lets z tell more, so images are sharper",
-                              xlabel="rate: KL, nats", xmargin=0.15,
+                              xlabel="rate: KL, nats", xmargin=0.2,
                               ylabel="distortion: recon above the floor, nats")
     kl = [metrics["kl"] for _, _, metrics in sweep.values()]
     excess = [metrics["excess"] for _, _, metrics in sweep.values()]

@@ -15,7 +15,7 @@ style: brightness, width, sleeves. The same z with another y is the same style i
 The total bounds -log p(x | y), not -log p(x). As p(x) is at least p(y) p(x | y) with p(y) = 1/10,
 -log p(x) <= -log p(x | y) + log 10: add log 10 = 2.30 nats to compare it with the total of a VAE.
 
-    python cvae.py                      # five minutes on one CPU core
+    python cvae.py                      # four minutes on two CPU cores
 
 You should see (full data, seed 0) a test total of about 232.01 nats: recon 219.43, which is 29.57
 above the entropy floor, and KL 12.58. With log 10 it is 234.31, still below that of section 3, from

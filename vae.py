@@ -18,7 +18,7 @@ tells how far q(z | x) is from the prior, and is 0 if they are equal. It keeps t
 N(0, I), so that later we can draw z from N(0, I) and decode it to a new image. Both are in nats (a
 nat is 1.44 bits) per image: summed over pixels and over latents, averaged over images.
 
-    python vae.py                       # two minutes on one CPU core
+    python vae.py                       # one minute on two CPU cores
     python vae.py --latent-dim 2        # also draws its latent space, which then fits on paper
 
 You should see (full data, seed 0) a test total of about 236.08 nats: recon 222.37, which is 32.51
