@@ -2,7 +2,7 @@
 
 The VAE of section 2 treats an image as 784 unrelated numbers. Here an image is cut into a grid of
 7 x 7 patches, each of 4 x 4 pixels, and convolutions look at each patch together with its
-neighbours; residual layers in the decoder do so again. z has 32 dimensions instead of 20.
+neighbours; a residual layer in the decoder does so again. z has 32 dimensions instead of 20.
 And the KL is warmed up (Bowman et al. 2016, arXiv:1511.06349, section 3.1; linearly, as in
 Sonderby et al. 2016, arXiv:1602.02282): its weight grows from 0 to 1,
 
@@ -14,16 +14,17 @@ z learns to carry something before it has to pay for it. Evaluation always uses 
 
     python conv_vae.py                  # three minutes on two CPU cores
 
-You should see (full data, seed 0) a test total of about 234.69 nats, 1.4 below that of section 2:
-recon 219.54, which is 29.68 above the entropy floor, and KL 15.15. `diff vae.py conv_vae.py` shows
+You should see (full data, seed 0) a test total of about 234.55 nats, 1.5 below that of section 2:
+recon 219.48, which is 29.62 above the entropy floor, and KL 15.06. `diff vae.py conv_vae.py` shows
 what is new.
-What its parts gain on validation (mean of three seeds; the script as it is: 233.13 nats):
+What its parts gain on validation (mean of three seeds of an earlier version, trained for 24 epochs;
+as it was: 233.13 nats):
   KL warm-up: 233.87 without it
   z of 32: 233.20 with z of 20. It stays, because a larger z is what this section looks at
-The same with seed 0 alone (as it is: 233.03 nats):
+The same with seed 0 alone (as it was: 233.03 nats):
   weight decay: 233.30 without it
   residual dense layers in the decoder: 234.97 with plain ones
-  two residual convolutions in the decoder: 233.10 with one, nearly as good
+  a second residual convolution in the decoder: 233.10 without it, so it was left out
 Try: --warmup-epochs 0. How does the KL of the first epochs change?
 Left out on purpose: normalisation layers, a deeper residual stack, any other loss.
 """
@@ -63,7 +64,6 @@ class ConvVAE(torch.nn.Module):
             Residual(torch.nn.GELU(), torch.nn.Linear(512, 512)), torch.nn.GELU(),
             torch.nn.Linear(512, channels * 7 * 7),
             torch.nn.Unflatten(1, (channels, 7, 7)),    # (B, 64, 7, 7)
-            Residual(torch.nn.GELU(), torch.nn.Conv2d(channels, channels, 3, padding=1)),
             Residual(torch.nn.GELU(), torch.nn.Conv2d(channels, channels, 3, padding=1)),
             torch.nn.GELU(),
             torch.nn.Conv2d(channels, 16, 3, padding=1),
@@ -114,7 +114,7 @@ def kl_weight(step, warmup_steps):
 
 
 def train(model, train_images, val_images, epochs, batch_size, lr, warmup_epochs=8,
-          weight_decay=0.2, bf16=False):
+          weight_decay=0.3, bf16=False):
     """Minimise recon + w KL on train_images (N, 1, 28, 28) in [0, 1]. Returns the history, a list
     with a dict for each epoch. FloatingPointError if the loss is not finite. If there are fewer
     epochs than warm-up epochs, the warm-up takes all of them. bf16: compute in bfloat16.
@@ -209,13 +209,13 @@ def draw_pictures(model, dataset, history, stem):
 def arguments():
     """The flags of this script, with their defaults."""
     parser = data.Parser(__doc__)
-    parser.add_argument("--epochs", type=int, default=24, help="passes over the images")
+    parser.add_argument("--epochs", type=int, default=36, help="passes over the images")
     parser.add_argument("--batch-size", type=int, default=256, help="images in one step")
-    parser.add_argument("--lr", type=float, default=3.5e-3, help="peak learning rate")
+    parser.add_argument("--lr", type=float, default=2.5e-3, help="peak learning rate")
     parser.add_argument("--latent-dim", type=int, default=32, help="dimensions of z")
     parser.add_argument("--warmup-epochs", type=float, default=8.0,
                         help="epochs over which the KL weight grows from 0 to 1")
-    parser.add_argument("--weight-decay", type=float, default=0.2,
+    parser.add_argument("--weight-decay", type=float, default=0.3,
                         help="of AdamW: how fast weights that do not help shrink")
     parser.add_argument("--seed", type=int, default=0, help="of all random numbers")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
