@@ -18,7 +18,7 @@ tells how much: it is the gap of the same codes after z was rotated at random.
 
 You should see (full data, seed 0), from beta = 0.25 to 16, recon rise from 219.24 to 272.54 nats on
 the test images and KL fall from 23.20 to 2.81. The gap minus its null shows no trend.
-Try: --betas 0 1 --epochs 3 (0 is almost an autoencoder). What does z between two codes decode to?
+Try: --betas 0 1 --epochs 3 (0 is almost an autoencoder). How many latents does it use?
 """
 import math
 import time
