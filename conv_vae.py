@@ -8,9 +8,9 @@ Sonderby et al. 2016, arXiv:1602.02282): its weight grows from 0 to 1,
 
     loss  =  recon  +  w(step) * KL,        w(step) = min(1, step / warm-up steps)
 
-At the start the decoder cannot use z yet, and a KL with full weight would push q(z | x) to N(0, I)
-before it ever can: z would say nothing for good, which is called posterior collapse. With warm-up,
-z learns to carry something before it has to pay for it. Evaluation always uses w = 1.
+At the start the decoder cannot use z yet, and a KL with full weight may push latents to N(0, I)
+before it ever can: these would say nothing for good, which is called posterior collapse. With
+warm-up, z learns to carry something before it has to pay for it. Evaluation always uses w = 1.
 
     python conv_vae.py                  # three and a half minutes on two CPU cores
 

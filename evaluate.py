@@ -1,4 +1,4 @@
-"""Section 6: the protocol. Every model measured by the same rules, side by side in one table.
+"""Section 6: the protocol. Every model measured by the same rules, side by side in four tables.
 
 Trains what is not trained yet, then measures everything on the same test images, which no model and
 no choice has seen. recon, KL and total are those of section 2. The images that a model draws are
@@ -8,9 +8,9 @@ judged by the classifier, which sees raw images in [0, 1] and normalises them in
     control    the share of images that show the class that was asked for; worst: in one class
     diversity  how varied the images of a class are; 1 is as varied as real ones
 
-for three sources of z: the prior N(0, I); the ex-post prior, a mixture of Gaussians fitted to where
-the codes of real images lie; and the codes of real images themselves ("decoded"), which tell what
-the decoder alone loses.
+for three sources of z: the prior N(0, I) (of the beta-VAEs, this one only); the ex-post prior, a
+mixture of Gaussians fitted to where the codes of real images lie; and the codes of real images
+themselves ("decoded"; "swap" with another label), which tell what the decoder alone loses.
 
     python evaluate.py                    # the whole study; a second call only measures again
     python evaluate.py --split val        # the same on the validation images, for making choices
@@ -270,14 +270,14 @@ def cell(key, value):
 
 
 def noise(rows, key):
-    """A difference of two models below this may be chance: two of its standard deviations, sqrt(2)
-    s each, with s the std over seeds, pooled over the rows. None for one seed, which tells no s."""
+    """How far two single trainings of equally good models may differ by chance: two std of their
+    difference, sqrt(2) s each, s: std over seeds, pooled over the rows. None if there is no std."""
     stds = [row[key]["std"] for row in rows if isinstance(row[key], dict)]
     return 2 * math.sqrt(2 * mean(std**2 for std in stds)) if stds else None
 
 
 def table(rows, columns):
-    """The lines of a Markdown table; the last one tells which differences are within noise."""
+    """The lines of a Markdown table; the last one tells how large the noise is."""
     lines = [columns] + [[cell(key, row[key]) for key in columns] for row in rows]
     lines.append(["noise"] + [cell(key, noise(rows, key)) for key in columns[1:]])
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
