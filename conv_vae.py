@@ -186,6 +186,14 @@ def test(model, images, batch_size=1000):
     return {"recon": mean_recon, "kl": mean_kl, "total": mean_recon + mean_kl}
 
 
+# ---------------------------------------------------------------- which latents are used
+
+def is_active(mu):
+    """Which latents tell anything: mu (N, D) -> (D,) bool. A latent is active if its mu varies from
+    image to image with a variance above 0.01 (Burda et al. 2016, arXiv:1509.00519)."""
+    return mu.var(dim=0) > 0.01
+
+
 # ---------------------------------------------------------------- the pictures
 
 @torch.no_grad()
@@ -263,6 +271,9 @@ def main(argv=None, dataset=None):
     torch.manual_seed(args.seed)                        # so that evaluate.py can repeat this test
     metrics = test(model, dataset.test_images)
     metrics["seconds"] = time.time() - start
+    with torch.no_grad():
+        mu, _ = model.encode(dataset.test_images.to(device))                # (N, latent_dim)
+    active = is_active(mu).sum().item()
 
     name = data.run_name(f"conv_vae-{dataset.source}-seed{args.seed}", parser, args)
     path = args.out / f"{name}.pt"
@@ -275,6 +286,7 @@ def main(argv=None, dataset=None):
           f" {metrics['recon'] - floor:.2f} above the floor, KL"
           f" {metrics['kl']:.2f}, total {metrics['total']:.2f} nats per image,"
           f" {metrics['seconds']:.0f} s")
+    print(f"active latents: {active} of {args.latent_dim}")
     print_baseline(args.out / f"vae-{dataset.source}-seed{args.seed}.pt")
     print(f"-> {path} and the pictures {name}-*.png")
     return [path]

@@ -500,6 +500,14 @@ def test_a_latent_is_active_if_its_variance_is_above_a_hundredth():
     assert beta_vae.is_active(z).tolist() == [True, False, True, False]
 
 
+def test_conv_vae_prints_how_many_latents_are_active(tiny, tmp_path, capsys):
+    flags = ["--epochs", "1", "--batch-size", "20", "--out", str(tmp_path)]
+    path, = conv_vae.main(flags, dataset=tiny)
+    mu, _ = conv_vae.load_model(path)[0].encode(tiny.test_images)
+    active = sum(variance > 0.01 for variance in mu.var(0).tolist())
+    assert f"active latents: {active} of 32\n" in capsys.readouterr().out and 0 < active < 32
+
+
 def test_analysis_orders_active_latents_by_their_kl_which_sum_to_the_kl(sample):
     torch.manual_seed(0)
     model = beta_vae.BetaVAE(6).eval()
@@ -1168,9 +1176,10 @@ def test_no_bytes_however_wild_end_in_a_traceback():
 
 # ================================================================ 7. the scripts
 
-@pytest.mark.parametrize("name", ["elbo_terms", "test", "kl_weight", "Residual"])
+@pytest.mark.parametrize("name", ["elbo_terms", "test", "kl_weight", "is_active", "Residual"])
 def test_what_is_the_same_in_several_scripts_is_word_for_word_the_same(name):
-    modules = {"test": (vae, conv_vae, beta_vae), "kl_weight": (conv_vae, cvae)}.get(name, MODELS)
+    modules = {"test": (vae, conv_vae, beta_vae), "kl_weight": (conv_vae, cvae),
+               "is_active": (conv_vae, beta_vae)}.get(name, MODELS)
     assert len({inspect.getsource(getattr(module, name)) for module in modules}) == 1
 
 
