@@ -271,7 +271,7 @@ def cell(key, value):
 
 def noise(rows, key):
     """How far two single trainings of equally good models may differ by chance: two std of their
-    difference, sqrt(2) s each, s: std over seeds, pooled over the rows. None if there is no std."""
+    difference, and each is sqrt(2) s with the std s over seeds, pooled over the rows; or None."""
     stds = [row[key]["std"] for row in rows if isinstance(row[key], dict)]
     return 2 * math.sqrt(2 * mean(std**2 for std in stds)) if stds else None
 
