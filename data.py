@@ -6,8 +6,10 @@ the loss of every VAE here is a binary cross-entropy, which needs targets in [0,
 
     BCE(x, p) = - sum_i [ x_i log p_i + (1 - x_i) log(1 - p_i) ]          nats per image
 
-For grey pixels even the perfect prediction p = x costs more than 0: the pixel entropy, BCE(x, x).
-Its mean over the images is the entropy floor; the other scripts print how far above it they are.
+(The sum goes over the 784 pixels i, and a nat is the unit of the natural logarithm.) For grey
+pixels even the perfect prediction p = x costs more than 0. This least cost is the pixel entropy,
+BCE(x, x); its mean over the images is the entropy floor. The other scripts print the excess: their
+cross-entropy minus this floor.
 
     python data.py            # takes seconds and writes two figures to runs/
 
@@ -15,25 +17,21 @@ You should see 55,000 / 5,000 / 10,000 images for training, validation and test,
 equally often, and half of all pixels exactly 0. Try: what is the floor of `images.round()`?
 """
 import argparse
+import functools
 import gzip
 import hashlib
 import io
 import os
 import sys
-import time
 import urllib.request
 from collections import namedtuple
 from pathlib import Path
 
+import matplotlib.style
 import numpy as np
 import torch
-try:
-    from matplotlib.figure import Figure
-except ValueError:  # $MPLBACKEND names what is not installed here; our pictures need no backend
-    del os.environ["MPLBACKEND"]
-    for name in [name for name in sys.modules if name.startswith("matplotlib")]:
-        del sys.modules[name]                           # what was imported by half
-    from matplotlib.figure import Figure
+from matplotlib.figure import Figure
+
 CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
            "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 # SHA-256 of the decompressed bytes: a mirror once served digit-MNIST under these names.
@@ -46,10 +44,10 @@ FILES = {
 MIRRORS = (
     "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
     "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
-    "https://storage.googleapis.com/tensorflow/tf-keras-datasets/",
 )
+HERE = Path(__file__).resolve().parent
+SAMPLE = HERE / "assets" / "fashion-mnist-sample.npz"
 FOLDERS = (Path("fashion-mnist"), Path("/usr/share/datasets/fashion-mnist"))  # ours, Debian's
-SAMPLE = Path(__file__).resolve().parent / "assets" / "fashion-mnist-sample.npz"
 # images: float32 (N, 1, 28, 28) in [0, 1]; labels: int64 (N,); source: "full" or "sample"
 FashionMNIST = namedtuple("FashionMNIST", "train_images train_labels val_images val_labels "
                           "test_images test_labels source")
@@ -60,9 +58,83 @@ class UserError(ValueError):
 
 
 def pixel_entropy(images):
-    """BCE(x, x), the least that any prediction can reach: (B, ...) -> (B,) nats per image."""
+    """BCE(x, x), the least that any prediction can cost: (B, ...) -> (B,) nats per image."""
     x = images.flatten(1)
-    return -(torch.xlogy(x, x) + torch.xlogy(1 - x, 1 - x)).sum(1)
+    return -(torch.xlogy(x, x) + torch.xlogy(1 - x, 1 - x)).sum(1)   # xlogy(a, b) = a log b
+
+
+def split_indices(labels):
+    """Stratified split with a fixed seed: (train, val) indices, 500 images of each class in val."""
+    rng = np.random.RandomState(0)  # its stream is frozen: the same split in every numpy version
+    val = [rng.permutation(np.flatnonzero(labels == c))[:500] for c in range(len(CLASSES))]
+    val = np.sort(np.concatenate(val))
+    return np.setdiff1d(np.arange(len(labels)), val), val
+
+
+def load(source="auto"):
+    """The data set as a FashionMNIST. source: "full", "sample", or "auto": the full data set, and
+    the sample only if the full one cannot be had. A file that is there but wrong is an error."""
+    if source not in ("auto", "full", "sample"):
+        raise UserError(f"there is no data {source!r}: choose auto, full or sample")
+    try:
+        used = "sample" if source == "sample" else "full"
+        arrays = read_sample() if source == "sample" else read_full()
+    except ConnectionError as error:
+        if source == "full" or os.environ.get("FASHION_MNIST_DIR"):
+            raise UserError(f"{error}: get a network, or set FASHION_MNIST_DIR to their folder")
+        print("!" * 80, "!! NO DATA SET, NO NETWORK: using the embedded SAMPLE (8,000 images)",
+              "!" * 80, sep="\n", file=sys.stderr)
+        arrays, used = read_sample(), "sample"
+    tensors = {"source": used}
+    for split, (images, labels) in arrays.items():
+        # / 255 and nothing else: the loss needs pixels in [0, 1]
+        images = torch.from_numpy(images[:, None] / np.float32(255))        # (N, 1, 28, 28)
+        tensors[f"{split}_images"] = images
+        tensors[f"{split}_labels"] = torch.from_numpy(labels.astype(np.int64))      # (N,)
+        floor = pixel_entropy(images).mean()
+        print(f"data {used} {split}: {len(images):,} images, entropy floor {floor:.2f} nats")
+    return FashionMNIST(**tensors)
+
+
+def read_sample():
+    """The embedded sample (MIT, Zalando SE), the first 500 / 100 / 200 images of each class:
+    {"train": (images, labels), "val": …, "test": …}, all uint8."""
+    with np.load(SAMPLE) as file:
+        return {split: (file[f"{split}_images"], file[f"{split}_labels"])
+                for split in ("train", "val", "test")}
+
+
+def read_full():
+    """The full data set like read_sample(), from $FASHION_MNIST_DIR if that is set, else FOLDERS.
+    What is missing is downloaded; ConnectionError if that cannot be."""
+    own = os.environ.get("FASHION_MNIST_DIR")
+    folders = [Path(own).expanduser()] if own else FOLDERS
+    arrays = []
+    for name in FILES:
+        places = [folder / f"{name}{end}" for folder in folders for end in (".gz", "")]
+        found = [path for path in places if path.exists()]
+        path = found[0] if found else download(name, folders[0])
+        arrays.append(unpack(path.read_bytes(), name, path))
+    images, labels, test_images, test_labels = arrays
+    train, val = split_indices(labels)
+    return {"train": (images[train], labels[train]), "val": (images[val], labels[val]),
+            "test": (test_images, test_labels)}
+
+
+def download(name, folder):
+    """Fetch one file from the first mirror that gives the right bytes; returns its path."""
+    for mirror in MIRRORS:
+        url = f"{mirror}{name}.gz"
+        print(f"downloading {url}", file=sys.stderr)
+        try:
+            with urllib.request.urlopen(url, timeout=10) as reply:
+                raw = reply.read()
+            unpack(raw, name, "the reply")
+        except Exception as error:  # whatever a network can do means the same: the next mirror
+            print(f"no luck: {error}", file=sys.stderr)
+        else:
+            return write_file(folder / f"{name}.gz", raw)
+    raise ConnectionError(f"no mirror could give {name}.gz")
 
 
 def unpack(raw, name, where):
@@ -74,115 +146,39 @@ def unpack(raw, name, where):
             raise ValueError("wrong checksum")
     except Exception as error:  # OSError, EOFError or zlib.error: damaged all the same
         raise UserError(f"{where}: damaged, or other data ({error}); get it anew")
-    # IDX format: 0, 0, type (8 = uint8), number of axes; then the size of each axis; then the data
-    sizes = np.frombuffer(raw, ">u4", count=raw[3], offset=4)
-    return np.frombuffer(raw, np.uint8, offset=4 + 4 * len(sizes)).reshape(sizes)
-
-
-def download(name, folder):
-    """Fetch one file from the first mirror that gives the right bytes; OSError if none does."""
-    for mirror in MIRRORS:
-        url = f"{mirror}{name}.gz"
-        try:
-            with urllib.request.urlopen(url, timeout=10) as reply:
-                print(f"downloading {url}", file=sys.stderr)
-                raw = reply.read()
-            unpack(raw, name, "the reply")
-        except Exception as error:  # whatever a network can do means the same: the next mirror
-            print(f"no luck with {url}: {error}", file=sys.stderr)
-        else:
-            return write_file(folder / f"{name}.gz", raw)
-    raise OSError(f"no mirror could give {name}.gz")
-
-
-def find_file(folder, name):
-    """The path of a file in a folder, zipped or unzipped; None if neither is there."""
-    return next((p for p in (folder / f"{name}.gz", folder / name) if p.exists()), None)
-
-
-def read_full():
-    """Six uint8 arrays, from $FASHION_MNIST_DIR if that is set, else from the first of FOLDERS that
-    holds all files, else downloaded into ./fashion-mnist; OSError if that cannot be."""
-    own = os.environ.get("FASHION_MNIST_DIR")
-    folders = [Path(os.path.expanduser(own))] if own else FOLDERS
-    complete = [folder for folder in folders if all(find_file(folder, name) for name in FILES)]
-    folder, arrays = (complete or folders)[0], []
-    missing = [name for name in FILES if find_file(folder, name) is None]
-    if own and 0 < len(missing) < len(FILES):
-        raise UserError(f"{folder / missing[0]}.gz: missing; put it there, or name an empty folder")
-    for name in FILES:
-        if name in missing:
-            download(name, folder)
-        path = find_file(folder, name)
-        try:
-            arrays.append(unpack(path.read_bytes(), name, path))
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror}; put a readable file there")
-    x, y, x_test, y_test = arrays
-    train, val = split_indices(y)
-    return [x[train], y[train], x[val], y[val], x_test, y_test]
-
-
-def split_indices(labels):
-    """Stratified split with a fixed seed: (train, val) indices, 500 images of each class in val."""
-    rng = np.random.RandomState(0)  # its stream is frozen: the same split in every numpy version
-    val = [rng.permutation(np.flatnonzero(labels == c))[:500] for c in range(len(CLASSES))]
-    return np.setdiff1d(np.arange(len(labels)), val), np.sort(np.concatenate(val))
-
-
-def read_sample():
-    """The embedded sample (MIT, Zalando SE): the first 500 / 100 / 200 images of each class."""
-    try:
-        with np.load(SAMPLE) as file:
-            return [file[field] for field in FashionMNIST._fields[:6]]
-    except Exception as error:  # absent, or damaged in whatever way numpy and zip can tell
-        raise UserError(f"{SAMPLE}: unusable ({error}); restore it from where this file came")
-
-
-def load(source="auto"):
-    """The data set as a FashionMNIST. source: "full", "sample", or "auto": the full data set, and
-    the sample only if the full one cannot be had. A file that is there but wrong is a UserError."""
-    try:
-        used, arrays = ("sample", read_sample()) if source == "sample" else ("full", read_full())
-    except OSError as error:
-        if source == "full" or os.environ.get("FASHION_MNIST_DIR"):
-            raise UserError(f"{error}: get a network, or set FASHION_MNIST_DIR to their folder")
-        print("!" * 80, "!! NO DATA SET, NO NETWORK: using the embedded SAMPLE (8,000 images)",
-              "!" * 80, sep="\n", file=sys.stderr)
-        used, arrays = "sample", read_sample()
-    tensors = []
-    for split, images, labels in zip(("train", "val", "test"), arrays[::2], arrays[1::2]):
-        # / 255 and nothing else: the loss needs pixels in [0, 1]
-        images = torch.from_numpy(images[:, None] / np.float32(255))        # (N, 1, 28, 28)
-        labels = torch.from_numpy(labels.astype(np.int64))                  # (N,)
-        tensors += [images, labels]
-        floor = pixel_entropy(images).mean()
-        print(f"data {used} {split}: {len(images):,} images, entropy floor {floor:.2f} nats")
-    return FashionMNIST(*tensors, used)
+    # the IDX format: a header of 16 bytes before images and of 8 before labels, then the numbers
+    if "images" in name:
+        return np.frombuffer(raw, np.uint8, offset=16).reshape(-1, 28, 28)
+    return np.frombuffer(raw, np.uint8, offset=8)
 
 
 # ================================================================ helpers that are not the lesson
 
+LIMITS = {"epochs": (1, 10_000), "batch_size": (1, 10_000), "latent_dim": (1, 10_000),
+          "lr": (1e-8, 10), "seed": (0, 2**32 - 1), "seeds": (0, 2**32 - 1), "betas": (0, 1e6),
+          "warmup": (0, 1)}
+SETTINGS = ("epochs", "batch_size", "lr", "latent_dim", "warmup", "split")
+default_style = matplotlib.style.context("default")     # whatever the user's matplotlibrc says
+
+
 def command(main):
-    """Decorate main(argv): a user's mistake ends in one line with exit code 2, Ctrl-C with 130."""
-    def wrapped(argv=None, **more):
+    """Decorate main(): a user's mistake ends in one line with exit code 2, Ctrl-C with 130."""
+    @functools.wraps(main)
+    def wrapped(*args, **more):
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="replace")    # not every console can print every letter
         try:
-            if argv is None and sys.argv[0].endswith("kernel_launcher.py"):
-                argv = []                               # main() in a notebook: its flags, not ours
-            if isinstance(argv, str) or not all(isinstance(word, str) for word in argv or ()):
-                raise UserError('main() takes a list of words, such as main(["--epochs", "3"])')
-            if torch.get_default_dtype() != torch.float32:
-                raise UserError("call torch.set_default_dtype(torch.float32) first: images have it")
-            return main(argv, **more)
+            return main(*args, **more)
         except KeyboardInterrupt:
             message, code = "interrupted: this training is lost, finished models are kept", 130
         except BrokenPipeError:                         # as in `python vae.py | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(1)
-        except (UserError, FloatingPointError, OSError) as error:   # OSError: of print()
+            os._exit(1)                                 # at once: nobody reads what is still unsaid
+        except (UserError, FloatingPointError, OSError) as error:
             message, code = error, 2
+        except (RuntimeError, MemoryError) as error:
+            if "memory" not in repr(error).lower():     # repr, since MemoryError has no text
+                raise
+            message, code = "out of memory: choose a smaller --batch-size or --latent-dim", 2
         print(f"error: {message}".replace("\n", " "), file=sys.stderr)
         sys.exit(code)
     return wrapped
@@ -195,8 +191,9 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
 class Parser(argparse.ArgumentParser):
     """argparse, except that a mistake is one line. Each script has the flags --data and --out."""
 
-    def __init__(self, doc):
-        super().__init__(description=doc, allow_abbrev=False, formatter_class=Help)
+    def __init__(self, script, lesson):
+        super().__init__(description=lesson, allow_abbrev=False, formatter_class=Help)
+        self.script = script
         self.add_argument("--data", choices=("auto", "full", "sample"), default="auto",
                           help="full, the embedded sample, or auto: full if it can be had")
         self.add_argument("--out", type=Path, default="runs", help="folder for output")
@@ -205,48 +202,45 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
-LIMITS = {"epochs": (1, 10_000), "batch_size": (1, 10_000), "latent_dim": (1, 10_000),
-          "lr": (1e-8, 10), "seed": (0, 2**32 - 1), "seeds": (0, 2**32 - 1), "betas": (0, 1e6),
-          "warmup_epochs": (0, 10_000), "weight_decay": (0, 10)}
-
-
-def check_flags(args):
-    """UserError for a number out of its limits or given twice, or an --out that is not writable."""
+def read_flags(parser, argv):
+    """The flags of main(argv), checked. Besides them: script (its name) and code (its text);
+    settings, a dict of those flags that decide what is computed; and changes, those settings that
+    are not the default, as they stand in the names of files."""
+    if argv is None and sys.argv[0].endswith("kernel_launcher.py"):
+        argv = []                                       # main() in a notebook: its flags, not ours
+    if argv is not None:
+        argv = [str(word) for word in argv]
+    args = parser.parse_args(argv)
     for name, (low, high) in LIMITS.items():
         value = getattr(args, name, None)
         numbers = value if isinstance(value, list) else [value]
         if value is not None and not all(low <= number <= high for number in numbers):
-            raise UserError(f"--{name.replace('_', '-')}: choose a number from {low} to {high}")
-        if len(set(numbers)) < len(numbers) or len(numbers) > 16:
-            raise UserError(f"--{name}: name each number once, and at most 16")
-    try:
+            raise UserError(f"--{name}: choose a number from {low} to {high}".replace("_", "-"))
+    if torch.get_default_dtype() != torch.float32:
+        raise UserError("call torch.set_default_dtype(torch.float32) first: images have it")
+    try:                                                # better now than after the training
         args.out = args.out.expanduser()
-        args.out.mkdir(parents=True, exist_ok=True)
-        if not os.access(args.out, os.W_OK):
-            raise OSError("not writable")
-    except (OSError, ValueError, RuntimeError) as error:    # as of a zero byte, of ~nobody
-        raise UserError(f"--out {args.out}: {error}; choose another folder")
+        write_file(args.out / "probe", b"").unlink(missing_ok=True)
+    except (ValueError, RuntimeError) as error:         # not writable, a zero byte, ~nobody
+        raise UserError(f"--out: {error}")
+    if "device" in args:
+        args.device = pick_device(args.device)
 
-
-def settings(args):
-    """The flags that decide what a training computes, except data and seed: {"epochs": 18, ...}."""
-    others = "data", "out", "device", "seed", "seeds", "betas", "train_only"
-    return {name: value for name, value in vars(args).items() if name not in others}
-
-
-def run_name(start, parser, args):
-    """start, then every setting that is not its default, so that no trial replaces the real run."""
-    for name, value in settings(args).items():
-        if value != parser.get_default(name):
-            start += f"-{name.replace('_', '-')}{value}"
-    return start
+    script = HERE / f"{parser.script}.py"               # not there if it was pasted into a notebook
+    args.code = script.read_text(encoding="utf-8") if script.exists() else ""
+    args.script = parser.script
+    args.settings = {name: value for name, value in vars(args).items() if name in SETTINGS}
+    args.changes = "".join(f"-{name}{value}".replace("_", "-")
+                         for name, value in args.settings.items()
+                         if value != parser.get_default(name))
+    return args
 
 
 def pick_device(name="auto"):
     """A torch.device that works; "auto" takes CUDA, then Apple's MPS, then the CPU."""
     if name == "auto":
-        name = "mps" if torch.backends.mps.is_available() else "cpu"
-        name = "cuda" if torch.cuda.is_available() else name
+        name = ("cuda" if torch.cuda.is_available() else
+                "mps" if torch.backends.mps.is_available() else "cpu")
     try:
         torch.zeros(1, device=name).item()
     except Exception as error:  # whatever torch says, this device cannot be used
@@ -254,17 +248,34 @@ def pick_device(name="auto"):
     return torch.device(name)
 
 
-def pick_bf16(choice, device):
-    """Whether to train in bfloat16; "auto": if matrix products are 1.5 times as fast in it."""
-    if choice != "auto" or device.type == "mps":
-        return choice == "on"
-    seconds = []
-    for dtype in 2 * (torch.float32, torch.bfloat16):   # the first time warms up
-        matrix = torch.ones(1024, 1024, dtype=dtype, device=device)
-        start = time.perf_counter()
-        (matrix @ matrix @ matrix @ matrix)[0, 0].item()        # item() waits for a GPU
-        seconds.append(time.perf_counter() - start)
-    return seconds[-2] > 1.5 * seconds[-1]              # of float32, of bfloat16
+def print_start(args, model):
+    """The settings of a training and the size of its model."""
+    parameters = sum(p.numel() for p in model.parameters())
+    print(*(f"{name} {value}," for name, value in args.settings.items()),
+          f"seed {args.seed}, device {args.device}, {parameters:,} parameters", flush=True)
+
+
+def print_test(metrics, dataset, latent_dim):
+    """What test() found in the test images, with the excess over the entropy floor."""
+    excess = metrics["recon"] - pixel_entropy(dataset.test_images).mean().item()
+    print(f"test ({dataset.source}): recon {metrics['recon']:.2f} (excess {excess:.2f}),"
+          f" KL {metrics['kl']:.2f}, total {metrics['total']:.2f} nats per image;"
+          f" {metrics['active']} of {latent_dim} latents active; {metrics['seconds']:.0f} s")
+
+
+def run_path(name, args, source):
+    """Where a model is saved. Every setting that is not the default stands in the name, so that no
+    trial replaces the real model."""
+    return args.out / f"{name}-{source}-seed{args.seed}{args.changes}.pt"
+
+
+def save_checkpoint(path, args, source, metrics, state_dict, **more):
+    """Save tensors, numbers and texts, so that load_model can refuse everything else."""
+    buffer = io.BytesIO()
+    torch.save({"script": args.script, "code": args.code, "config": args.settings,
+                "source": source, "seed": args.seed, "metrics": metrics,
+                "state_dict": state_dict, **more}, buffer)
+    write_file(path, buffer.getvalue())
 
 
 def write_file(path, content):
@@ -274,52 +285,38 @@ def write_file(path, content):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(content)
         os.replace(temporary, path)
+        return path
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; make space, or set --out or FASHION_MNIST_DIR")
+        raise UserError(f"{path}: {error.strerror}; make space, or choose another folder")
     finally:
         if os.path.isfile(temporary):                   # only after an error, or Ctrl-C
             os.unlink(temporary)
 
 
-def save_checkpoint(path, **contents):
-    """Save tensors, numbers and strings, so that read_checkpoint can refuse everything else."""
-    buffer = io.BytesIO()
-    torch.save(contents | {"torch": str(torch.__version__)}, buffer)
-    write_file(path, buffer.getvalue())
-
-
-def read_checkpoint(path, script):
-    """The dict that `script` saved in a checkpoint; UserError if it is no such file."""
+def load_model(path, script, make, device):
+    """(trained model in eval mode, all that `script` saved in its checkpoint); UserError if it is
+    unusable. make(config) gives a new model of the same size."""
     try:
         meta = torch.load(path, map_location="cpu", weights_only=True)
-        found = {name: meta[name] for name in ("script", "config", "source", "seed", "metrics")}
-    except Exception as error:  # absent, damaged, or no checkpoint of ours, in whatever way
+    except Exception as error:  # absent, damaged, or no checkpoint, in whatever way
         raise UserError(f"{path}: not usable ({error!s:.80}); restore it, or rerun {script}.py")
-    if found["script"] != script:
-        raise UserError(f"{path}: made by {found['script']}.py, not by {script}.py")
-    return meta
-
-
-def load_weights(model, meta, path):
-    """model with the weights of a checkpoint, in eval mode; UserError if they do not fit it."""
+    if not isinstance(meta, dict) or meta.get("script") != script:
+        raise UserError(f"{path}: not a checkpoint that {script}.py saved")
     try:
+        model = make(meta["config"])
         model.load_state_dict(meta["state_dict"])
-        usable = all(value.isfinite().all() for value in model.state_dict().values())
-    except Exception:  # other names, other shapes, or whatever else may lie there
-        usable = False
-    if not usable:
-        wanted, found = set(model.state_dict()), set(meta.get("state_dict", ()))
-        missing, unknown = min(wanted - found, default="none"), min(found - wanted, default="none")
-        raise UserError(f"{path}: weights that do not fit, or are not finite (missing {missing},"
-                        f" unknown {unknown}): rename them, or train the model again")
-    return model.eval()
+    except Exception as error:  # torch says which names or shapes differ
+        raise UserError(f"{path}: not the weights of this model; train it again ({error!s:.300})")
+    if not all(weights.isfinite().all() for weights in model.state_dict().values()):
+        raise UserError(f"{path}: some weights are not finite; train the model again")
+    return model.eval().to(device), meta
 
 
 def save_figure(figure, path):
-    """Write a matplotlib figure as PNG."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, bbox_inches="tight")
-    write_file(Path(path), buffer.getvalue())
+    """Write a matplotlib figure, in the format that the name of the file asks for."""
+    buffer, path = io.BytesIO(), Path(path)
+    figure.savefig(buffer, format=path.suffix[1:] or "png", bbox_inches="tight")
+    write_file(path, buffer.getvalue())
 
 
 def one_of_each_class(labels):
@@ -329,12 +326,15 @@ def one_of_each_class(labels):
 
 
 def draw_grid(axes, images, title="", rows=(), columns=()):
-    """Draw images (R, C, 28, 28) in [0, 1] into a matplotlib axes, rows and columns labelled."""
+    """Draw images (R, C, 28, 28) or (R, C, 1, 28, 28) in [0, 1], with names of rows and columns."""
+    n_rows, n_columns = images.shape[:2]
+    if images.shape[2:] not in ((28, 28), (1, 28, 28)):
+        raise UserError(f"images have shape {tuple(images.shape)}: make it (rows, columns, 28, 28)")
     if not 0 <= images.min() <= images.max() <= 1:
         raise UserError("pixels must lie in [0, 1] to be drawn: take the sigmoid of logits first")
-    height, width = images.shape[:2]
-    framed = torch.nn.functional.pad(images.detach().cpu(), (1, 1, 1, 1), value=1.0)  # white seams
-    canvas = framed.transpose(1, 2).reshape(height * 30, width * 30)
+    images = images.detach().cpu().reshape(n_rows, n_columns, 28, 28)
+    framed = torch.nn.functional.pad(images, (1, 1, 1, 1), value=1.0)       # white seams
+    canvas = framed.transpose(1, 2).reshape(n_rows * 30, n_columns * 30)
     axes.imshow(canvas.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axes.set_title(title)
     axes.set_yticks([30 * i + 15 for i in range(len(rows))], rows)
@@ -343,18 +343,19 @@ def draw_grid(axes, images, title="", rows=(), columns=()):
     axes.spines[:].set_visible(False)
 
 
+@default_style
 def image_grid(images, path, title="", rows=(), columns=()):
-    """Write images (R, C, 28, 28) in [0, 1] as one picture with labelled rows and columns."""
-    height, width = images.shape[:2]
-    inch = 9 / max(width, 15)                           # of one image: all letters equally large
-    figure = Figure((inch * width + 1, inch * height + 1), 51 / inch, layout="constrained")
+    """Write images as draw_grid draws them into a file."""
+    size = (0.6 * images.shape[1] + 1, 0.6 * images.shape[0] + 1)
+    figure = Figure(size, dpi=90, layout="constrained")
     draw_grid(figure.add_subplot(), images, title, rows, columns)
     save_figure(figure, path)
 
 
+@default_style
 def plot_curves(history, path):
     """Recon and KL of training and validation against the epochs, from what train() returns."""
-    figure = Figure(figsize=(8, 3.2), dpi=120, layout="constrained")
+    figure = Figure((8, 3.2), dpi=120, layout="constrained")
     epochs = range(1, len(history) + 1)
     for i, name in enumerate(("recon", "kl"), 1):
         axes = figure.add_subplot(1, 2, i, xlabel="epoch", ylabel="nats per image", title=name)
@@ -365,11 +366,10 @@ def plot_curves(history, path):
     save_figure(figure, path)
 
 
-# ================================================================ run directly: exploration
-
+@default_style
 def plot_distributions(images, labels, path):
     """How often each class and each pixel value occur in training images (N, 1, 28, 28)."""
-    figure = Figure((10, 3.4), 120, layout="constrained")
+    figure = Figure((10, 3.4), dpi=120, layout="constrained")
     left = figure.add_subplot(1, 2, 1, ylabel="images", title="Classes: equally often")
     left.bar(range(10), labels.bincount(minlength=10).numpy())
     left.set_xticks(range(10), CLASSES, rotation=30, ha="right")
@@ -382,8 +382,8 @@ def plot_distributions(images, labels, path):
 
 @command
 def main(argv=None):
-    args = Parser(__doc__).parse_args(argv)
-    check_flags(args)
+    """Load the data set, print what is in it, draw two figures. argv: flags, as a list of words."""
+    args = read_flags(Parser("data", __doc__), argv)
     dataset = load(args.data)
     for split in ("train", "val", "test"):
         x, y = getattr(dataset, f"{split}_images"), getattr(dataset, f"{split}_labels")
@@ -393,7 +393,7 @@ def main(argv=None):
     ten_of_each = torch.stack([x[y == c][:10, 0] for c in range(10)])       # (10, 10, 28, 28)
     image_grid(ten_of_each, args.out / "data-samples.png", "Ten of each class", CLASSES)
     plot_distributions(x, y, args.out / "data-distributions.png")
-    print(f"-> {args.out / 'data-samples.png'}, data-distributions.png")
+    print(f"-> {args.out}/data-samples.png and data-distributions.png")
 
 
 if __name__ == "__main__":

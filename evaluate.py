@@ -1,16 +1,17 @@
-"""Section 6: the protocol. Every model measured by the same rules, side by side in four tables.
+"""Section 6: the protocol. Every model measured by the same rules, side by side.
 
 Trains what is not trained yet, then measures everything on the same test images, which no model and
 no choice has seen. recon, KL and total are those of section 2. The images that a model draws are
-judged by the classifier, which sees raw images in [0, 1] and normalises them inside itself:
+judged by a classifier (classifier.py), which takes raw images in [0, 1]:
 
     fid        how far drawn images are from real ones, as sets; see frechet_distance
-    control    the share of images that show the class that was asked for; worst: in one class
+    control    the share of images in which the classifier recognises the class that was asked for
     diversity  how varied the images of a class are; 1 is as varied as real ones
 
-for three sources of z: the prior N(0, I) (of the beta-VAEs, this one only); the ex-post prior, a
-mixture of Gaussians fitted to where the codes of real images lie; and the codes of real images
-themselves ("decoded"; "swap" with another label), which tell what the decoder alone loses.
+Where does a bad image come from? We draw images from z of three sources, and the name of a number
+ends in its source: _prior, z from N(0, I); _ex_post, z from a mixture of Gaussians that was fitted,
+after the training, to the z of training images; _decoded, z of the test images themselves, so that
+what is wrong is the decoder's fault alone (_swap: the same z, decoded as another class).
 
     python evaluate.py                    # the whole study; a second call only measures again
     python evaluate.py --split val        # the same on the validation images, for making choices
@@ -30,12 +31,10 @@ import cvae
 import data
 import vae
 
-Entry = namedtuple("Entry", "name script beta")         # beta: None, except in section 4
-STUDY = [Entry("MLP VAE", vae, None), Entry("Conv VAE", conv_vae, None),
-         *[Entry(f"β-VAE β={beta:g}", beta_vae, beta) for beta in beta_vae.BETAS],
-         Entry("CVAE", cvae, None)]
-# Real images, their labels, the judge, and what it sees in them: features (N, 256), classes (N,).
-Real = namedtuple("Real", "images labels judge features judged")
+NAMES = {vae: "MLP VAE", conv_vae: "Conv VAE", beta_vae: "β-VAE", cvae: "CVAE"}
+# real images, their labels, the classifier, its features of them (N, 256), its classes (N,)
+Real = namedtuple("Real", "images labels resnet features recognised")
+
 
 def is_conditional(model):
     """Is this a model that is told the label? For all others, labels are ignored below."""
@@ -61,11 +60,11 @@ def decode(model, z, labels):
 # ---------------------------------------------------------------- the metrics
 
 def frechet_distance(features_a, features_b):
-    """The FID of two sets of images from the judge's features of them, (N, D) and (M, D): the
-    distance of the Gaussians fitted to them, 0 if these are equal (Heusel et al. 2017,
-    arXiv:1706.08500, eq. 6; with Inception's features, so ours is a proxy for this study only).
+    """The FID of two sets of images from the classifier's features of them, (N, D) and (M, D): the
+    squared Fréchet distance of the Gaussians fitted to them, 0 if these are equal (Heusel et al.
+    2017, arXiv:1706.08500, eq. 6; with Inception's features, so ours is a proxy for this study).
 
-        FID  =  |m_a - m_b|^2  +  tr( S_a + S_b - 2 (S_a^1/2 S_b S_a^1/2)^1/2 )
+        FID  =  |m_a - m_b|^2  +  tr( S_a + S_b - 2 (S_a S_b)^1/2 )
 
     m: mean, S: covariance, tr: sum of the diagonal. UserError unless N, M > D and all is finite."""
     for features in (features_a, features_b):
@@ -74,26 +73,31 @@ def frechet_distance(features_a, features_b):
                                  f" and of at least {features.shape[1] + 1} images")
     a, b = features_a.double(), features_b.double()
     shift = a.mean(0) - b.mean(0)
-    cov_a, cov_b = a.T.cov(), b.T.cov()                                     # (D, D), over N - 1
+    cov_a, cov_b = torch.atleast_2d(a.T.cov()), torch.atleast_2d(b.T.cov())  # (D, D), over N - 1
+    # The trace of (S_a S_b)^1/2 is the sum of the roots of the eigenvalues of S_a S_b. Products X Y
+    # and Y X have the same eigenvalues, and so S_a S_b has those of S_a^1/2 S_b S_a^1/2, which is
+    # symmetric. (Rounding may make an eigenvalue of 0 slightly negative: hence the clamps.)
     values, vectors = torch.linalg.eigh(cov_a)
-    root_a = vectors * values.clamp(min=0).sqrt() @ vectors.T               # S_a^1/2
-    # only the trace of the last root is needed: the sum of the roots of the eigenvalues
-    roots = torch.linalg.eigvalsh(root_a @ cov_b @ root_a).clamp(min=0).sqrt()
-    return (shift @ shift + cov_a.trace() + cov_b.trace() - 2 * roots.sum()).item()
+    root_a = (vectors * values.clamp(min=0).sqrt()) @ vectors.T             # S_a^1/2
+    eigenvalues = torch.linalg.eigvalsh(root_a @ cov_b @ root_a).clamp(min=0)
+    trace = cov_a.trace() + cov_b.trace() - 2 * eigenvalues.sqrt().sum()
+    return max(0.0, (shift @ shift + trace).item())
 
 
-def controllability(judged, asked):
-    """The share of images that the judge puts into the class that was asked for, in all and in the
-    class where it is smallest. Both (N,). For real images and their labels this is the accuracy."""
-    hits = (judged == asked).double()
+def controllability(recognised, asked):
+    """The share of images in which the classifier recognises the class that was asked for, in all
+    and in the class where it is smallest. Both (N,). For real images this is the accuracy."""
+    if recognised.shape != asked.shape:
+        raise data.UserError("give one recognised and one asked class for each image, both (N,)")
+    hits = (recognised == asked).double()
     worst = min(hits[asked == c].mean().item() for c in asked.unique())
     return hits.mean().item(), worst
 
 
 def diversity(features, labels, real_features, real_labels):
-    """The mean distance between the features of two images of a class, over that of real images,
-    averaged over the classes: 1 is as varied as real images, 0 is one image a class. features
-    (N, D), labels (N,): only of images that the judge puts into their class, on both sides."""
+    """The mean distance between the features (N, D) of two images of a class, over that of real
+    images, averaged over the classes: 1 is as varied as real images, 0 is one image a class. All
+    images are to be such whose class, the labels (N,), the classifier recognises."""
     ratios = []
     for c in real_labels.unique():
         drawn, real = features[labels == c], real_features[real_labels == c]
@@ -102,183 +106,189 @@ def diversity(features, labels, real_features, real_labels):
     return mean(ratios)
 
 
-def importance_weighted_bound(model, images, labels, draws=100, counts=(1, 10, 100)):
-    """Upper bounds on -log p(x) in nats, as {"iw_K": ...} for each K in counts, from the importance
-    weights w of K draws of z (Burda et al. 2016, arXiv:1509.00519, eq. 8):
+def importance_weighted_bound(model, images, labels, draws):
+    """An upper bound on -log p(x) in nats from the importance weights w of K draws of z (Burda et
+    al. 2016, arXiv:1509.00519, eq. 8), averaged over images (N, 1, 28, 28), labels (N,):
 
         -log p(x)  <=  -E[ log( 1/K sum_k w_k ) ],    w = p(x | z) p(z) / q(z | x),  z ~ q(z | x)
 
     K = 1 is the negative ELBO. The mean of more weights varies less, so its log loses less, and the
-    bound is tighter. All draws are cut into groups of K. images (N, 1, 28, 28), labels (N,)."""
+    bound is tighter."""
     mu, logvar = encode(model, images, labels)
     log_w = []
     for _ in range(draws):
-        z = model.reparameterize(mu, logvar)
+        z = model.reparameterize(mu, logvar)                                # (N, latent_dim)
         recon, _ = vae.elbo_terms(decode(model, z, labels), images.to(z.device), mu, logvar)
-        # log p(z) - log q(z | x); both have the same log 2 pi, which cancels
-        log_ratio = 0.5 * ((z - mu).pow(2) / logvar.exp() + logvar - z.pow(2)).sum(1)
-        log_w.append(log_ratio - recon)
-    log_w = torch.stack(log_w, dim=1).cpu().double()                        # (N, draws)
-    bounds = {}
-    for k in counts:
-        groups = log_w.view(len(images), draws // k, k)                     # of K draws each
-        log_mean = groups.logsumexp(dim=2) - math.log(k)
-        bounds[f"iw_{k}"] = -log_mean.mean().item()
-    return bounds
+        # the logs of two normal densities, both without their - D/2 log 2 pi, which cancels
+        log_prior = -0.5 * z.pow(2).sum(1)                                  # (N,)
+        log_q = -0.5 * ((z - mu).pow(2) / logvar.exp() + logvar).sum(1)     # (N,)
+        log_w.append(-recon + log_prior - log_q)
+    log_mean_w = torch.stack(log_w).double().logsumexp(dim=0) - math.log(draws)
+    return -log_mean_w.mean().item()
 
-
-def memorised(drawn, train_images, unseen_images):
-    """The share of drawn images whose nearest real image, by the distance of their pixels, is a
-    training image and not one that the model never saw. All (N, 1, 28, 28)."""
-    real_images = torch.cat([train_images, unseen_images]).flatten(1)
-    nearest = torch.cdist(drawn.cpu().flatten(1), real_images).argmin(dim=1)      # (N,)
-    return (nearest < len(train_images)).double().mean().item()
-
-
-# ---------------------------------------------------------------- the ex-post prior
 
 def log_joint(z, weights, means, factors):
-    """log( weight_k N(z | mean_k, L_k L_k^T) ) of z (N, D) for each component k: (K, N)."""
+    """log( weight_k N(z | mean_k, cov_k) ) of z (N, D) for each component k: (K, N). The factors
+    (K, D, D) are Cholesky factors: L is lower triangular, and L L^T the covariance."""
     columns = z.T.contiguous()                          # (D, N)
     rows = []
     for weight, centre, factor in zip(weights, means, factors):
-        white = torch.linalg.inv(factor) @ (columns - centre[:, None])      # (D, N)
+        # with u = L^-1 (z - mean): (z - mean)^T cov^-1 (z - mean) = |u|^2, and det L = det cov^1/2
+        u = torch.linalg.inv(factor) @ (columns - centre[:, None])          # (D, N)
         log_norm = factor.diagonal().log().sum() + len(centre) / 2 * math.log(2 * math.pi)
-        rows.append(weight.log() - log_norm - 0.5 * white.pow(2).sum(0))
+        rows.append(weight.log() - log_norm - 0.5 * u.pow(2).sum(0))
     return torch.stack(rows)
 
 
 def fit_gmm(z, components, iterations=100, ridge=1e-3):
-    """A mixture of Gaussians with full covariances for z (N, D), by EM (Bishop 2006, section
-    9.2.2): weights (K,), means (K, D), Cholesky factors of the covariances (K, D, D). The ridge on
-    their diagonals lets them be inverted; without it, no iteration lowers the likelihood."""
-    small = ridge * torch.eye(z.shape[1], dtype=z.dtype)
-    whole = z.T.cov().view(small.shape) + small         # the covariance of all codes
+    """A mixture of Gaussians for z (N, D) by EM (Bishop 2006, section 9.2.2): weights (K,), means
+    (K, D), Cholesky factors of the covariances (K, D, D). The ridge is added to their diagonals, so
+    that even the covariance of few points can be inverted."""
+    if len(z) < max(2, components):
+        raise data.UserError(f"{len(z)} points are too few for {components} Gaussians")
+    added = ridge * torch.eye(z.shape[1], dtype=z.dtype)                    # (D, D)
+    cov = torch.atleast_2d(z.T.cov()) + added           # each component starts as wide as all z
     weights = torch.full((components,), 1 / components, dtype=z.dtype)
-    means, covariances = z[torch.randperm(len(z))[:components]], whole.repeat(components, 1, 1)
+    means, covariances = z[torch.randperm(len(z))[:components]], cov.repeat(components, 1, 1)
     for _ in range(iterations):
-        # E step: how likely is it that component k made code n? Its responsibility
+        # E step: how likely is it that component k made point n? Its responsibility
         joint = log_joint(z, weights, means, torch.linalg.cholesky(covariances))
         responsibility = joint.softmax(dim=0)                               # (K, N)
-        # M step: fit each component anew to the codes, weighted by its responsibility
+        # M step: fit each component anew to the points, weighted by its responsibility
         counts = responsibility.sum(1).clamp(min=1e-6)                      # (K,)
         weights = counts / counts.sum()
         means = responsibility @ z / counts[:, None]
         for k in range(components):
             centred = z - means[k]                                          # (N, D)
-            covariances[k] = (responsibility[k] * centred.T) @ centred / counts[k] + small
+            weighted = responsibility[k][:, None] * centred                 # (N, D)
+            covariances[k] = weighted.T @ centred / counts[k] + added       # (D, D)
     return weights, means, torch.linalg.cholesky(covariances)
 
 
 def sample_gmm(weights, means, factors, count):
-    """Draws (count, D) from a mixture."""
-    k = torch.multinomial(weights, count, replacement=True)
-    eps = torch.randn(count, means.shape[1], 1, dtype=means.dtype)
-    return means[k] + (factors[k] @ eps).squeeze(2)
+    """Draws (count, D) from a mixture that fit_gmm fitted: choose a component, draw from it."""
+    k = torch.multinomial(weights, count, replacement=True)                 # (count,)
+    eps = torch.randn(count, means.shape[1], 1, dtype=means.dtype)          # (count, D, 1)
+    return means[k] + (factors[k] @ eps).squeeze(2)                         # cov of L eps: L L^T
 
 
 def sample_ex_post_prior(model, labels, dataset):
-    """z from the ex-post prior (Ghosh et al. 2020, arXiv:1903.12436), (N, latent_dim). The codes of
+    """z from the ex-post prior (Ghosh et al. 2020, arXiv:1903.12436), (N, latent_dim). The z of
     real images do not fill N(0, I) evenly, and a z from an empty place decodes badly. So fit a
-    mixture to one code of each training image: 50 Gaussians or, if labels are told, one a class."""
+    mixture to one z of each training image: 50 Gaussians or, if labels are told, one a class."""
     mu, logvar = encode(model, dataset.train_images, dataset.train_labels)
-    codes = model.reparameterize(mu, logvar).cpu()
+    real_z = model.reparameterize(mu, logvar).cpu()
     if not is_conditional(model):
-        return sample_gmm(*fit_gmm(codes, components=50), len(labels))
+        return sample_gmm(*fit_gmm(real_z, components=50), len(labels))
     z = torch.empty(len(labels), model.latent_dim)
-    for c in labels.unique():                           # of one Gaussian, one iteration is exact
-        gaussian = fit_gmm(codes[dataset.train_labels == c], components=1, iterations=1)
+    for c in labels.unique():
+        # with a single Gaussian, all points belong to it, and the first iteration finds it
+        gaussian = fit_gmm(real_z[dataset.train_labels == c], components=1, iterations=1)
         z[labels == c] = sample_gmm(*gaussian, int((labels == c).sum()))
     return z
 
 
-# ---------------------------------------------------------------- the table
-
-# The columns of the four tables, by the names that they have in the results.
-MAIN = ["model", "latent_dim", "recon", "excess", "kl", "total", "fid_prior", "control_prior"]
-IMAGES = ["model", "fid_ex_post", "fid_decoded", "control_ex_post", "control_decoded",
-          "control_swap", "worst_prior", "diversity_prior", "memorised"]
-BOUNDS = ["model", "iw_1", "iw_10", "iw_100", "params", "seconds"]
-SWEEP = ["model", "recon", "kl", "total", "fid_prior", "active", "gap", "null", "beaten"]
-SHARES = ("control", "worst", "memorised", "beaten")    # columns that start so are in percent
+def look_at(source, model, z, labels, real):
+    """What the classifier sees in images decoded from z: (features (N, 256), classes (N,))."""
+    print(f"measuring images from {source}", flush=True)
+    return classifier.look(real.resnet, decode(model, z, labels).sigmoid())
 
 
-def judge_images(logits, labels, real, source):
-    """The figures of decoded images, whose z came from `source`: fid and, where labels (N,) tell
-    which class each of them shall show, control, its worst class, and diversity."""
-    features, judged = classifier.look(real.judge, logits.sigmoid())
-    figures = {f"fid_{source}": frechet_distance(features, real.features)}
-    if labels is not None:
-        figures[f"control_{source}"], figures[f"worst_{source}"] = controllability(judged, labels)
-        right, real_right = judged == labels, real.judged == real.labels
-        figures[f"diversity_{source}"] = diversity(
-            features[right], labels[right], real.features[real_right], real.labels[real_right])
-    return figures
-
-
-def measure(entry, model, meta, dataset, real):
-    """All figures of a model. Each kind has its own seed, so that none of them changes another."""
-    n = len(real.images)
-    asked = torch.arange(n) % 10                        # a tenth of the images for each class
-    can_ask = asked if is_conditional(model) else None
-    told = [real.labels] if is_conditional(model) else []
-    row = dict.fromkeys(MAIN + IMAGES + BOUNDS + SWEEP) | {
-        "model": entry.name, "latent_dim": model.latent_dim,
-        "params": sum(p.numel() for p in model.parameters()), "seconds": meta["metrics"]["seconds"]}
+def measure(script, model, meta, real):
+    """The numbers of every model: a dict, a row of the tables. Each measurement has a seed of its
+    own, so that none of them changes another."""
+    beta, asked = meta.get("beta"), torch.arange(len(real.images)) % 10     # all classes alike
+    row = {"model": NAMES[script] if beta is None else f"{NAMES[script]} β={beta:g}", "beta": beta,
+           "latent_dim": model.latent_dim, "params": sum(p.numel() for p in model.parameters()),
+           "seconds": meta["metrics"]["seconds"]}
     torch.manual_seed(meta["seed"])                     # the seed of the script's own test
-    row |= entry.script.test(model, real.images, *told)
+    if is_conditional(model):
+        row |= script.test(model, real.images, real.labels)
+    else:
+        row |= script.test(model, real.images)
     row["excess"] = row["recon"] - data.pixel_entropy(real.images).mean().item()
 
-    torch.manual_seed(1)                                # z from N(0, I)
-    logits = decode(model, torch.randn(n, model.latent_dim), asked)
-    row |= judge_images(logits, can_ask, real, "prior")
-    if entry.beta is not None:
-        return row
-    row["memorised"] = memorised(logits[:1000].sigmoid(), dataset.train_images, real.images)
-    torch.manual_seed(2)                                # z from where the codes really lie
-    logits = decode(model, sample_ex_post_prior(model, asked, dataset), asked)
-    row |= judge_images(logits, can_ask, real, "ex_post")
-    torch.manual_seed(3)                                # z of real images: the decoder's faults
+    torch.manual_seed(1)
+    z = torch.randn(len(asked), model.latent_dim)
+    features, seen = look_at("the prior", model, z, asked, real)
+    row["fid_prior"] = frechet_distance(features, real.features)
+    if is_conditional(model):
+        row["control_prior"], row["worst_prior"] = controllability(seen, asked)
+        right, real_right = seen == asked, real.recognised == real.labels
+        row["diversity_prior"] = diversity(features[right], asked[right],
+                                           real.features[real_right], real.labels[real_right])
+    return row
+
+
+def measure_sources(model, dataset, real):
+    """The numbers of all models but those of section 4: two more sources of z, a tighter bound."""
+    row, asked = {}, torch.arange(len(real.images)) % 10
+    torch.manual_seed(2)
+    z = sample_ex_post_prior(model, asked, dataset)
+    features, seen = look_at("the ex-post prior", model, z, asked, real)
+    row["fid_ex_post"] = frechet_distance(features, real.features)
+    if is_conditional(model):
+        row["control_ex_post"], _ = controllability(seen, asked)
+
+    torch.manual_seed(3)
     z = model.reparameterize(*encode(model, real.images, real.labels))
-    row |= judge_images(decode(model, z, real.labels), real.labels, real, "decoded")
-    if is_conditional(model):                           # encoded as a class, decoded as another
-        other = (real.labels + 1 + torch.arange(n) % 9) % 10
-        row |= judge_images(decode(model, z, other), other, real, "swap")
-    torch.manual_seed(4)                                # every tenth image: so iw_1 is not total
-    return row | importance_weighted_bound(model, real.images[::10], real.labels[::10])
+    other = (real.labels + torch.randint(1, 10, (len(z),))) % 10            # never the same class
+    features, seen = look_at("the z of real images", model, z, real.labels, real)
+    row["fid_decoded"] = frechet_distance(features, real.features)
+    row["control_decoded"], _ = controllability(seen, real.labels)
+    if is_conditional(model):
+        _, seen = look_at("the z of real images, in other classes", model, z, other, real)
+        row["control_swap"], _ = controllability(seen, other)
+
+    print("measuring the importance-weighted bound", flush=True)
+    torch.manual_seed(4)
+    row["iw_10"] = importance_weighted_bound(model, real.images, real.labels, draws=10)
+    return row
+
+
+# ---------------------------------------------------------------- the tables
+
+MAIN = ["model", "latent_dim", "active", "recon", "excess", "kl", "total", "iw_10"]
+IMAGES = ["model", "fid_prior", "fid_ex_post", "fid_decoded", "params", "seconds"]
+CLASSES = ["model", "control_prior", "control_ex_post", "control_decoded", "control_swap",
+           "worst_prior", "diversity_prior"]
+SWEEP = ["model", "active", "recon", "kl", "total", "fid_prior", "gap", "rotated_gap", "difference"]
 
 
 def average(rows):
-    """The rows of one model under several seeds as one: floats as {"mean", "std" (n - 1), "n"}."""
-    averaged = dict(rows[0])                            # names, sizes, and what does not apply
-    for key, first in rows[0].items():
+    """The rows of one model under several seeds as one, with {"mean", "std" (n - 1), "n"}."""
+    averaged = dict(rows[0])
+    for key in rows[0]:
         values = [row[key] for row in rows]
-        if len(rows) > 1 and isinstance(first, float):
+        if len(rows) > 1 and key not in ("model", "beta", "latent_dim", "params"):
             averaged[key] = {"mean": mean(values), "std": stdev(values), "n": len(values)}
     return averaged
 
 
 def cell(key, value):
-    """The text of one figure in a table."""
+    """The text of one number in a table."""
     if value is None:
         return "–"                                      # does not apply
     if isinstance(value, dict):
         return f"{cell(key, value['mean'])}±{cell(key, value['std'])}"
     if isinstance(value, float):
-        return f"{value:.1%}" if key.startswith(SHARES) else f"{value:.2f}"
+        return f"{value:.1%}" if key.startswith(("control", "worst")) else f"{value:.2f}"
     return f"{value:,}" if isinstance(value, int) else value
 
 
 def noise(rows, key):
-    """How far two single trainings of equally good models may differ by chance: two std of their
-    difference, and each is sqrt(2) s with the std s over seeds, pooled over the rows; or None."""
-    stds = [row[key]["std"] for row in rows if isinstance(row[key], dict)]
-    return 2 * math.sqrt(2 * mean(std**2 for std in stds)) if stds else None
+    """How far two single trainings of equally good models may differ by chance: two standard
+    deviations of their difference, pooled over the rows; or None if there is only one seed."""
+    variances = [row[key]["std"] ** 2 for row in rows if isinstance(row.get(key), dict)]
+    if not variances:
+        return None
+    variance_of_difference = 2 * mean(variances)        # Var(a - b) = Var(a) + Var(b)
+    return 2 * math.sqrt(variance_of_difference)
 
 
 def table(rows, columns):
     """The lines of a Markdown table; the last one tells how large the noise is."""
-    lines = [columns] + [[cell(key, row[key]) for key in columns] for row in rows]
+    lines = [columns] + [[cell(key, row.get(key)) for key in columns] for row in rows]
     lines.append(["noise"] + [cell(key, noise(rows, key)) for key in columns[1:]])
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     lines.insert(1, ["-" * width for width in widths])
@@ -290,12 +300,11 @@ def report(results):
     """The tables with what is needed to read them, as lines of Markdown."""
     main_rows = [row for row in results["rows"] if row["beta"] is None]
     sweep = [row for row in results["rows"] if row["beta"] is not None]
-    facts = ("data", "split", "n", "seeds", "device", "torch", "date")
-    return [", ".join(f"{name} {results[name]}" for name in facts), "",
-            *table(main_rows, MAIN), "", *table(main_rows, IMAGES), "",
-            *table(main_rows, BOUNDS), "",
+    facts = [f"{name} {results[name]}" for name in ("data", "split", "n", "seeds", "torch", "date")]
+    return [", ".join(facts), "", *table(main_rows, MAIN), "", *table(main_rows, IMAGES), "",
+            *table(main_rows, CLASSES), "", *table(sweep, SWEEP), "",
             *[f"- {name}: {cell(name, value)}" for name, value in results["yardsticks"].items()],
-            "", *table(sweep, SWEEP)]
+            *results["stale"]]
 
 
 def draw_models(models, real, path):
@@ -305,95 +314,86 @@ def draw_models(models, real, path):
     images, labels = real.images[first], real.labels[first]
     pictures, titles = [images], ["test images"]
     for name, (model, row) in models.items():
-        z = model.reparameterize(*encode(model, images, labels))
-        pictures.append(decode(model, z, labels).sigmoid().cpu())
-        titles.append(f"{name}, recon {row['recon']:.1f} nats")
-    for name, (model, row) in models.items():
-        z = torch.randn(len(images), model.latent_dim)
-        pictures.append(decode(model, z, labels).sigmoid().cpu())
-        titles.append(f"{name}, FID {row['fid_prior']:.2f}")
+        real_z = model.reparameterize(*encode(model, images, labels))
+        for z in (real_z, torch.randn(real_z.shape)):
+            pictures.append(decode(model, z, labels).sigmoid().cpu())
+        titles += [f"{name}, recon {row['recon']:.1f} nats", f"samples, FID {row['fid_prior']:.2f}"]
     data.image_grid(torch.cat(pictures).view(len(pictures), len(first), 28, 28), path,
-                    "Above: reconstructions. Below: samples from N(0, I)", titles, classes)
+                    "Of each model: reconstructions, and samples from N(0, I)", titles, classes)
 
 
-# ---------------------------------------------------------------- the study
-
-def find_or_train(entry, seed, args, dataset):
-    """The path of a model's checkpoint. If it is not there, its script trains it now; if it is, it
-    must have been trained by the settings of this study (UserError)."""
-    name = entry.script.__name__
-    parser = entry.script.arguments()
-    epochs = args.epochs or parser.get_default("epochs")
-    flags = ["--data", dataset.source, "--seed", f"{seed}", "--epochs", f"{epochs}",
-             "--device", args.device, f"--out={args.out}"]
-    if entry.beta is not None:
-        name += f"-beta{entry.beta:g}"
-        flags += ["--betas", f"{entry.beta}", "--train-only"]
-    wanted = parser.parse_args(flags)
-    name = data.run_name(f"{name}-{dataset.source}-seed{seed}", parser, wanted)
-    path = args.out / f"{name}.pt"
-    if not path.exists():
-        entry.script.main(flags, dataset=dataset)
-    meta = data.read_checkpoint(path, entry.script.__name__)
-    found = meta["config"], meta["source"], meta["seed"], meta.get("beta")
-    if found != (data.settings(wanted), dataset.source, seed, entry.beta):
-        raise data.UserError(f"{path}: of another study, {found}; move it, or choose another --out")
-    return path
+def find_or_train(script, args, seed, dataset):
+    """(the paths of a script's checkpoints, the text of the script). If a checkpoint is not there,
+    the script runs now, as it would by hand."""
+    epochs = args.epochs or script.flags().get_default("epochs")
+    argv = ["--data", dataset.source, "--seed", seed, "--epochs", epochs, "--device", args.device,
+            "--out", args.out]
+    wanted = data.read_flags(script.flags(), argv)
+    ends = [f"-beta{beta}" for beta in beta_vae.BETAS] if script is beta_vae else [""]
+    paths = [data.run_path(wanted.script + end, wanted, dataset.source) for end in ends]
+    if not all(path.exists() for path in paths):
+        script.main(argv, dataset=dataset)
+    return paths, wanted.code
 
 
 @data.command
 def main(argv=None):
-    """Train what is missing, measure, save, print, draw; returns [path of the results]."""
-    parser = data.Parser(__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0],
-                        help="each trains all models; the seven β-VAEs, the first three")
+    """Train what is missing, measure, save, print, draw. argv: a list of flags, or None for those
+    of the command line. Returns the path of the results."""
+    parser = data.Parser("evaluate", __doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the trainings")
     parser.add_argument("--epochs", type=int, help="of all trainings, for a trial")
     parser.add_argument("--split", choices=("test", "val"), default="test", help="val: to choose")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    args = parser.parse_args(argv)
-    data.check_flags(args)
-    device = data.pick_device(args.device)
+    args = data.read_flags(parser, argv)
     dataset = data.load(args.data)
-    judge, judge_meta = classifier.load_pretrained(device)
+    resnet, resnet_meta = classifier.load_pretrained(args.device)
 
-    images = {"test": dataset.test_images, "val": dataset.val_images}[args.split]
-    labels = {"test": dataset.test_labels, "val": dataset.val_labels}[args.split]
-    real = Real(images, labels, judge, *classifier.look(judge, images))
-    floor = data.pixel_entropy(images).mean().item()
+    images = getattr(dataset, f"{args.split}_images")
+    labels = getattr(dataset, f"{args.split}_labels")
+    print("measuring the real images", flush=True)
+    real = Real(images, labels, resnet, *classifier.look(resnet, images))
+    torch.manual_seed(0)
+    uniform, _ = classifier.look(resnet, torch.rand_like(images))
     yardsticks = {
-        "entropy floor": floor,
+        "entropy floor": data.pixel_entropy(images).mean().item(),
         "fid of halves of the images": frechet_distance(real.features[::2], real.features[1::2]),
-        "control of real images": controllability(real.judged, labels)[0],
-        "memorised by chance": 1 / (1 + len(images) / len(dataset.train_images))}
-    rows, models, sweep = [], {}, {}                    # models, sweep: of the first seed
-    for entry in STUDY:
-        rows_of_seeds = []
-        seeds = args.seeds if entry.beta is None else args.seeds[:3]    # there are seven betas
+        "fid of uniform noise": frechet_distance(real.features, uniform),
+        "control of real images": controllability(real.recognised, labels)[0]}
+    seeds = sorted(set(args.seeds))
+    rows, models, stale = {}, {}, []                    # rows: {model: [a row for each seed]}
+    for script in NAMES:
         for seed in seeds:
-            print(f"\n=== {entry.name}, seed {seed}", flush=True)
-            path = find_or_train(entry, seed, args, dataset)
-            model, meta = entry.script.load_model(path, device)
-            row = measure(entry, model, meta, dataset, real)
-            if entry.beta is None:
-                models.setdefault(entry.name, (model, row))
-            else:
-                analysis = beta_vae.analyse(model.cpu(), images)
-                row |= {key: getattr(analysis, key) for key in ("active", "gap", "null", "beaten")}
-                sweep.setdefault(entry.beta, (model, analysis, row))
-            rows_of_seeds.append(row)
-        rows.append(average(rows_of_seeds) | {"beta": entry.beta})
-    results = {"data": dataset.source, "split": args.split, "n": len(images), "seeds": args.seeds,
-               "epochs": args.epochs, "device": str(device), "torch": str(torch.__version__),
-               "date": time.strftime("%Y-%m-%d"), "floor": floor,
-               "judge_sha256": judge_meta["sha256"], "yardsticks": yardsticks, "rows": rows}
-    numbers = "-".join(str(seed) for seed in args.seeds)
-    name = data.run_name(f"results-{dataset.source}-seeds{numbers}", parser, args)
-    path = args.out / f"{name}.json"
-    data.write_file(path, json.dumps(results, indent=1, allow_nan=False).encode())
+            paths, code = find_or_train(script, args, seed, dataset)
+            for path in paths:
+                print(f"\n{path}", flush=True)
+                model, meta = script.load_model(path, args.device)
+                if meta.get("code") != code:
+                    stale.append(f"- {path} was trained by another version of {script.__name__}.py:"
+                                 " if more than a comment changed, delete it and run again")
+                    print(stale[-1], flush=True)
+                row = measure(script, model, meta, real)
+                if script is beta_vae:
+                    found = beta_vae.analyse(model.cpu(), images)
+                    row |= {key: found[key] for key in ("gap", "rotated_gap", "difference")}
+                else:
+                    row |= measure_sources(model, dataset, real)
+                    models.setdefault(row["model"], (model, row))   # those of the first seed
+                rows.setdefault(row["model"], []).append(row)
+    gaps = [row["difference"] for of_seeds in rows.values() for row in of_seeds if row["beta"]]
+    pooled = {"mean": mean(gaps), "std": stdev(gaps) / math.sqrt(len(gaps)), "n": len(gaps)}
+    yardsticks["difference of all β-VAEs, ± its standard error"] = pooled
+    results = {"data": dataset.source, "split": args.split, "n": len(images), "seeds": seeds,
+               "epochs": args.epochs, "device": str(args.device), "torch": str(torch.__version__),
+               "date": time.strftime("%Y-%m-%d"), "floor": yardsticks["entropy floor"],
+               "classifier_sha256": resnet_meta["sha256"], "yardsticks": yardsticks,
+               "stale": stale, "rows": [average(of_seeds) for of_seeds in rows.values()]}
+    numbers = "-".join(map(str, seeds))
+    path = args.out / f"results-{dataset.source}-seeds{numbers}{args.changes}.json"
+    data.write_file(path, json.dumps(results, indent=1).encode())
     print("", *report(results), f"-> {path}", sep="\n")
-    draw_models(models, real, args.out / f"{name}-models.png")
-    beta_vae.draw_comparison(sweep, images[:1], args.out / f"{name}-beta")
-    return [path]
+    draw_models(models, real, path.with_suffix(".png"))
+    return path
 
 
 if __name__ == "__main__":
