@@ -12,9 +12,9 @@ What does each latent, each dimension of z, learn? Traversals show it (decode z 
 moves), and so does the correlation of each latent with six attributes of the image, such as its
 width. It is often said that a large beta leads to disentanglement: each attribute gets a latent of
 its own. We measure that by the gap: the correlation of an attribute with its best latent minus that
-with the second best. Some gap arises by chance alone, and the prior N(0, I) looks the same in every
-direction. So we compare it with the gap of the same z after its space was rotated at random: do the
-axes that training found stand out among all others?
+with the second best. But some gap arises along any axes. So we compare it with the gap of the same
+z (each latent scaled to a standard deviation of 1) after a random rotation. If the axes of z mean
+nothing, those that training found should be like any others.
 
     python beta_vae.py                  # three minutes on two CPU cores
 
@@ -38,13 +38,11 @@ class Residual(torch.nn.Sequential):
     """x + F(x): F, the given layers, learns only a change (He et al. 2016, arXiv:1603.05027)."""
 
     def forward(self, x):
-        return x + super().forward(x)
+        return x + super().forward(x)                   # Sequential's forward is F
 
 
 class BetaVAE(torch.nn.Module):
-    """Images in [0, 1] -> logits, both (B, 1, 28, 28), through z (B, latent_dim). B: batch size.
-    (Without LayerNorm the total on validation images is 0.8 nats larger, and with plain layers in
-    place of the residual ones 1.3 nats.)"""
+    """Images in [0, 1] -> logits, both (B, 1, 28, 28), through z (B, latent_dim). B: batch size."""
 
     def __init__(self, latent_dim=10, hidden=512):
         super().__init__()
@@ -98,9 +96,9 @@ def elbo_terms(logits, x, mu, logvar):
     # sense; but it still is least where p = x.
     recon = torch.nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="none")
     recon = recon.flatten(1).sum(1)                                         # (B,)
-    # The mean of log q(z | x) - log p(z) over z needs no draws: for each latent, this difference is
-    # [ z^2 - (z - mu)^2 / sigma^2 - log sigma^2 ] / 2, and the means of z^2 and (z - mu)^2 under q
-    # are mu^2 + sigma^2 and sigma^2. So
+    # For one latent, log q(z | x) = -1/2 [ (z - mu)^2 / sigma^2 + log sigma^2 + log 2 pi ], and
+    # log p(z) is the same with mu = 0 and sigma = 1. The mean of their difference under q needs no
+    # draws, as those of z^2 and (z - mu)^2 are mu^2 + sigma^2 and sigma^2. Summed over the latents:
     #     kl = 1/2 sum_d [ mu_d^2 + sigma_d^2 - log sigma_d^2 - 1 ]
     kl = 0.5 * (mu.pow(2) + logvar.exp() - logvar - 1).sum(1)               # (B,)
     return recon, kl
@@ -129,17 +127,16 @@ def train(model, train_images, val_images, epochs, batch_size, lr, beta):
     list with a dict for each epoch. FloatingPointError if the loss is not finite.
 
     Adam with OneCycle: the learning rate rises from lr / 25 to lr in the first 30 % of all steps,
-    then falls almost to 0. (With a constant rate the total on validation images is 2.4 nats larger,
-    and with Adam's usual beta2 = 0.999 instead of 0.99, 0.5 nats.)"""
+    then falls almost to 0."""
     check_images(train_images)
     check_images(val_images)
     device = next(model.parameters()).device
     train_images, val_images = train_images.to(device), val_images.to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr, betas=(0.9, 0.99),
-                                 fused=True)            # the same numbers, a sixth faster
+                                 fused=True)            # all weights at once: a sixth faster
     steps = epochs * math.ceil(len(train_images) / batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps,
-                                                   cycle_momentum=False)
+                                                   cycle_momentum=False)    # the rate only
     history, start = [], time.perf_counter()
     for epoch in range(1, epochs + 1):
         model.train()
@@ -172,7 +169,8 @@ def train(model, train_images, val_images, epochs, batch_size, lr, beta):
 @torch.no_grad()
 def test(model, images, batch_size=1000):
     """The mean recon, kl and total of images (N, 1, 28, 28), and how many latents are active. Draws
-    one z for each image from q(z | x), not its mean. The KL always has weight 1."""
+    one z for each image from q(z | x), as in training: with mu in its place, recon + kl would be no
+    bound. The KL always has weight 1."""
     check_images(images)
     model.eval()
     device = next(model.parameters()).device
@@ -194,9 +192,10 @@ def test(model, images, batch_size=1000):
 def extent(occupied):
     """How many lines from the first occupied line to the last: (N, 28) bool -> (N,)."""
     line = torch.arange(28)
-    first = torch.where(occupied, line, 28).amin(dim=1)     # the least number of an occupied line
-    last = torch.where(occupied, line, -1).amax(dim=1)      # the largest
-    return (last - first + 1).clamp(min=0).float()          # 0 if no line is occupied
+    # an empty line counts as 28 where the smallest number is sought, and as -1 for the largest
+    first = torch.where(occupied, line, 28).amin(dim=1)
+    last = torch.where(occupied, line, -1).amax(dim=1)
+    return (last - first + 1).clamp(min=0).float()      # 0 if no line is occupied
 
 
 def attributes(images):
@@ -209,8 +208,8 @@ def attributes(images):
     width = extent(bright.any(dim=1))                   # which columns hold a bright pixel?
     height = extent(bright.any(dim=2))                  # which rows do?
     centre = (x.sum(2) * torch.arange(28)).sum(1) / ink
-    difference = (x - x.flip(2)).abs().sum((1, 2))      # from 0 to 2 ink: nothing overlaps
-    symmetry = 1 - difference / (2 * ink)
+    # the image minus its mirror image: at most 2 ink, where the two have no pixel in common
+    symmetry = 1 - (x - x.flip(2)).abs().sum((1, 2)) / (2 * ink)
     top = x[:, :14].sum((1, 2)) / ink
     return torch.stack([ink, width, height, centre, symmetry, top], dim=1)
 
@@ -220,7 +219,8 @@ def correlation(mu, values):
     correlation, from 0 to 1. mu (N, D), values (N, K) -> (D, K)."""
     latents = mu.shape[1]
     r = torch.corrcoef(torch.cat([mu, values], dim=1).double().T)           # (D + K, D + K)
-    return r[:latents, latents:].abs().nan_to_num()     # not a number: one of the two is constant
+    r = r[:latents, latents:]                           # rows: latents, columns: attributes
+    return r.abs().nan_to_num()                         # not a number: one of the two is constant
 
 
 def gap(correlations):
@@ -236,14 +236,16 @@ def gap(correlations):
 
 
 def rotated_gaps(mu, values, rotations=20):
-    """The gaps of mu (N, D) and values (N, K) after D-dimensional space was rotated at random, as a
-    list. Rotations keep all distances between the mu, but no axis can have a meaning of its own."""
+    """The gaps of mu (N, D) and values (N, K) after random rotations of mu, as a list. Each latent
+    is first scaled to a standard deviation of 1, which changes no correlation; otherwise those with
+    the largest would dominate all rotated axes, and make their gaps small."""
+    scaled = mu / mu.std(dim=0)
     generator = torch.Generator().manual_seed(0)
     gaps = []
     for _ in range(rotations):
         gaussian = torch.randn(mu.shape[1], mu.shape[1], generator=generator)
-        rotation = torch.linalg.qr(gaussian).Q          # a random orthogonal matrix
-        gaps.append(gap(correlation(mu @ rotation, values)))
+        rotation = torch.linalg.qr(gaussian).Q          # columns at right angles: random axes
+        gaps.append(gap(correlation(scaled @ rotation, values)))
     return gaps
 
 
@@ -260,7 +262,7 @@ def analyse(model, images):
     latents = [d for d in kl.argsort(descending=True).tolist() if active[d]]
     values = attributes(images)                                             # (N, 6)
     correlations = correlation(mu[:, latents], values)
-    gaps = rotated_gaps(mu[:, latents], values)
+    gaps = rotated_gaps(mu[:, latents], values) if latents else [0.0]
     own, rotated = gap(correlations), sum(gaps) / len(gaps)
     return {"kl_of_latents": kl, "latents": latents, "correlations": correlations,
             "gap": own, "rotated_gap": rotated, "difference": own - rotated}
@@ -268,11 +270,10 @@ def analyse(model, images):
 
 # ---------------------------------------------------------------- the pictures
 
-# sweep below: {beta: a dict with the model, and with all that test() and analyse() found of it}
-
 @data.default_style
 def plot_tradeoff(sweep, path):
-    """KL against recon, a point for each beta."""
+    """KL against recon, a point for each beta. sweep, here and below: {beta: dict of the model and
+    of all that test() and analyse() found of it}."""
     figure = data.Figure((6, 4.2), dpi=110, layout="constrained")
     axes = figure.add_subplot(title="A small beta lets z tell more, so images are sharper",
                               xlabel="KL, the rate, in nats", xmargin=0.2, ymargin=0.1,

@@ -1,4 +1,4 @@
-"""Section 6, its tool: FashionResNet18, the classifier that judges generated images.
+"""Section 6 needs a classifier that judges generated images: FashionResNet18.
 
 A generator is judged by what somebody else sees in its images. This ResNet-18 (He et al. 2016,
 arXiv:1512.03385, Table 1; with a 3 x 3 stem for small images, and half the width) tells two things:
@@ -99,6 +99,7 @@ def look(resnet, images):
 
 def load_model(path, device="cpu"):
     """(FashionResNet18 in eval mode, what else its checkpoint holds); UserError if unusable."""
+    # mean and std are among the weights that are loaded
     return data.load_model(path, "classifier", lambda config: FashionResNet18(), device)
 
 

@@ -1,25 +1,26 @@
 """Section 3: a convolutional VAE, with KL warm-up and a larger latent space.
 
-The VAE of section 2 treats an image as 784 unrelated numbers. Here an image is cut into a grid of
-7 x 7 patches, each of 4 x 4 pixels, and a convolution looks at each patch together with its eight
-neighbours, before the encoder of section 2; another convolution follows its decoder. z has 32
+The network of section 2 is not told which pixels are neighbours. Here an image is cut into a grid
+of 7 x 7 patches, each of 4 x 4 pixels, and a convolution looks at each patch together with its
+eight neighbours, before the encoder of section 2; another convolution follows its decoder. z has 32
 dimensions instead of 20, and the training is longer, with a lower learning rate. And the KL is
 warmed up (Bowman et al. 2016, arXiv:1511.06349, section 3.1; linearly, as in Sonderby et al. 2016,
 arXiv:1602.02282): its weight w grows from 0 to 1 in the first fifth of all steps,
 
-    loss  =  recon  +  w * KL,        w  =  min(1, step / steps / warmup),      warmup  =  0.2
+    loss  =  recon  +  w * KL,        w  =  min(1, progress / warmup)
 
-In the first steps the decoder cannot use z yet. If z costs its full KL then, the easiest way to a
-lower loss is to make q(z | x) equal to the prior N(0, 1) in some latents, for every image. The
-decoder then learns to ignore these latents, so that they do not become useful later: this is called
-posterior collapse. With warm-up, z learns to carry something before it has to pay for it.
-Evaluation always uses w = 1.
+where progress is the share of all steps that is done, and warmup = 0.2. In the first steps the
+decoder cannot use z yet. If z costs its full KL then, the easiest way to a lower loss is to make
+q(z | x) equal to the prior N(0, 1) in some latents, for every image. The decoder then learns to
+ignore these latents, so that they do not become useful later: this is called posterior collapse.
+With warm-up, z learns to carry something before it has to pay for it. Evaluation always uses w = 1.
 
     python conv_vae.py                  # CONVMINUTES on two CPU cores
 
 You should see (full data, seed 0) a test total of about CONVTOTAL nats, CONVGAIN below that of
-section 2: recon CONVRECON, an excess of CONVEXCESS, and KL CONVKL; CONVACTIVE of the
-32 latents are active. `diff vae.py conv_vae.py` shows what is new.
+section 2: recon CONVRECON, an excess of CONVEXCESS, and KL CONVKL. CONVACTIVE of the 32 latents
+are active: z could be larger, but more latents are not worth their price. The gain is that of all
+changes together; results/README.md looks at them one by one. `diff vae.py conv_vae.py` shows them.
 Try: --warmup 0 --out try. How many latents are active at the end?
 """
 import math
@@ -35,7 +36,7 @@ class Residual(torch.nn.Sequential):
     """x + F(x): F, the given layers, learns only a change (He et al. 2016, arXiv:1603.05027)."""
 
     def forward(self, x):
-        return x + super().forward(x)
+        return x + super().forward(x)                   # Sequential's forward is F
 
 
 class ConvVAE(torch.nn.Module):
@@ -98,9 +99,9 @@ def elbo_terms(logits, x, mu, logvar):
     # sense; but it still is least where p = x.
     recon = torch.nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="none")
     recon = recon.flatten(1).sum(1)                                         # (B,)
-    # The mean of log q(z | x) - log p(z) over z needs no draws: for each latent, this difference is
-    # [ z^2 - (z - mu)^2 / sigma^2 - log sigma^2 ] / 2, and the means of z^2 and (z - mu)^2 under q
-    # are mu^2 + sigma^2 and sigma^2. So
+    # For one latent, log q(z | x) = -1/2 [ (z - mu)^2 / sigma^2 + log sigma^2 + log 2 pi ], and
+    # log p(z) is the same with mu = 0 and sigma = 1. The mean of their difference under q needs no
+    # draws, as those of z^2 and (z - mu)^2 are mu^2 + sigma^2 and sigma^2. Summed over the latents:
     #     kl = 1/2 sum_d [ mu_d^2 + sigma_d^2 - log sigma_d^2 - 1 ]
     kl = 0.5 * (mu.pow(2) + logvar.exp() - logvar - 1).sum(1)               # (B,)
     return recon, kl
@@ -129,17 +130,16 @@ def train(model, train_images, val_images, epochs, batch_size, lr, warmup=0.2):
     list with a dict for each epoch. FloatingPointError if the loss is not finite.
 
     Adam with OneCycle: the learning rate rises from lr / 25 to lr in the first 30 % of all steps,
-    then falls almost to 0. (With a constant rate the total on validation images is 2.4 nats larger,
-    and with Adam's usual beta2 = 0.999 instead of 0.99, 0.5 nats.)"""
+    then falls almost to 0."""
     check_images(train_images)
     check_images(val_images)
     device = next(model.parameters()).device
     train_images, val_images = train_images.to(device), val_images.to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr, betas=(0.9, 0.99),
-                                 fused=True)            # the same numbers, a sixth faster
+                                 fused=True)            # all weights at once: a sixth faster
     steps = epochs * math.ceil(len(train_images) / batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps,
-                                                   cycle_momentum=False)
+                                                   cycle_momentum=False)    # the rate only
     step = 0                                            # of all steps, in all epochs
     history, start = [], time.perf_counter()
     for epoch in range(1, epochs + 1):
@@ -149,7 +149,8 @@ def train(model, train_images, val_images, epochs, batch_size, lr, warmup=0.2):
             x = train_images[indices.to(device)]        # (B, 1, 28, 28)
             logits, mu, logvar = model(x)
             recon, kl = elbo_terms(logits, x, mu, logvar)
-            w = min(1.0, step / steps / warmup) if warmup > 0 else 1.0
+            progress = step / steps                     # from 0 to 1
+            w = min(1.0, progress / warmup) if warmup > 0 else 1.0
             loss = (recon + w * kl).mean()
             if not torch.isfinite(loss):
                 raise FloatingPointError(f"the loss is {loss.item()} in epoch {epoch}: choose a"
@@ -175,7 +176,8 @@ def train(model, train_images, val_images, epochs, batch_size, lr, warmup=0.2):
 @torch.no_grad()
 def test(model, images, batch_size=1000):
     """The mean recon, kl and total of images (N, 1, 28, 28), and how many latents are active. Draws
-    one z for each image from q(z | x), not its mean. The KL always has weight 1."""
+    one z for each image from q(z | x), as in training: with mu in its place, recon + kl would be no
+    bound. The KL always has weight 1."""
     check_images(images)
     model.eval()
     device = next(model.parameters()).device

@@ -1,8 +1,7 @@
 """Section 6: the protocol. Every model measured by the same rules, side by side.
 
-Trains what is not trained yet, then measures everything on the same test images, which no model and
-no choice has seen. recon, KL and total are those of section 2. The images that a model draws are
-judged by a classifier (classifier.py), which takes raw images in [0, 1]:
+Trains what is not trained yet, and measures everything on the same test images, which no model and
+no choice has seen. The images that a model draws are judged by a classifier (classifier.py):
 
     fid        how far drawn images are from real ones, as sets; see frechet_distance
     control    the share of images in which the classifier recognises the class that was asked for
@@ -13,8 +12,11 @@ ends in its source: _prior, z from N(0, I); _ex_post, z from a mixture of Gaussi
 after the training, to the z of training images; _decoded, z of the test images themselves, so that
 what is wrong is the decoder's fault alone (_swap: the same z, decoded as another class).
 
-    python evaluate.py                    # the whole study; a second call only measures again
-    python evaluate.py --split val        # the same on the validation images, for making choices
+    python evaluate.py          # @STUDY_MINUTES@ minutes; a second call only measures again
+
+You should see (full data, seed 0) totals that fall from MLP VAE over Conv VAE to CVAE, FIDs that
+fall from _prior over _ex_post to _decoded, and a control of about @CONTROL0@.
+Try: --data sample --epochs 3 --out try. What limits the Conv VAE most: decoder, mixture or prior?
 """
 import json
 import math
@@ -95,9 +97,8 @@ def controllability(recognised, asked):
 
 
 def diversity(features, labels, real_features, real_labels):
-    """The mean distance between the features (N, D) of two images of a class, over that of real
-    images, averaged over the classes: 1 is as varied as real images, 0 is one image a class. All
-    images are to be such whose class, the labels (N,), the classifier recognises."""
+    """The mean distance between the features (N, D) of two drawn images of a class, labels (N,),
+    over that of two real ones; the mean over the classes. 1: as varied as real images, 0: not."""
     ratios = []
     for c in real_labels.unique():
         drawn, real = features[labels == c], real_features[real_labels == c]
@@ -107,13 +108,13 @@ def diversity(features, labels, real_features, real_labels):
 
 
 def importance_weighted_bound(model, images, labels, draws):
-    """An upper bound on -log p(x) in nats from the importance weights w of K draws of z (Burda et
-    al. 2016, arXiv:1509.00519, eq. 8), averaged over images (N, 1, 28, 28), labels (N,):
+    """An upper bound on -log p(x) (of a CVAE: -log p(x | y)) in nats from the importance weights w
+    of K draws of z (Burda et al. 2016, arXiv:1509.00519, eq. 8), averaged over images
+    (N, 1, 28, 28), labels (N,):
 
         -log p(x)  <=  -E[ log( 1/K sum_k w_k ) ],    w = p(x | z) p(z) / q(z | x),  z ~ q(z | x)
 
-    K = 1 is the negative ELBO. The mean of more weights varies less, so its log loses less, and the
-    bound is tighter."""
+    K = 1 is the negative ELBO; the mean of more weights varies less, and the bound is tighter."""
     mu, logvar = encode(model, images, labels)
     log_w = []
     for _ in range(draws):
@@ -128,22 +129,26 @@ def importance_weighted_bound(model, images, labels, draws):
 
 
 def log_joint(z, weights, means, factors):
-    """log( weight_k N(z | mean_k, cov_k) ) of z (N, D) for each component k: (K, N). The factors
-    (K, D, D) are Cholesky factors: L is lower triangular, and L L^T the covariance."""
+    """log( weight_k N(z | m_k, S_k) ) of z (N, D) for each component k: (K, N). The factors are
+    triangular matrices L (K, D, D) with L L^T = S. With u = L^-1 (z - m), a normal density is
+
+        log N(z | m, S)  =  -1/2 |u|^2  -  log det L  -  D/2 log 2 pi
+    """
     columns = z.T.contiguous()                          # (D, N)
     rows = []
     for weight, centre, factor in zip(weights, means, factors):
-        # with u = L^-1 (z - mean): (z - mean)^T cov^-1 (z - mean) = |u|^2, and det L = det cov^1/2
         u = torch.linalg.inv(factor) @ (columns - centre[:, None])          # (D, N)
-        log_norm = factor.diagonal().log().sum() + len(centre) / 2 * math.log(2 * math.pi)
-        rows.append(weight.log() - log_norm - 0.5 * u.pow(2).sum(0))
+        log_det = factor.diagonal().log().sum()         # of a triangular matrix
+        constant = len(centre) / 2 * math.log(2 * math.pi)
+        rows.append(weight.log() - 0.5 * u.pow(2).sum(0) - log_det - constant)
     return torch.stack(rows)
 
 
 def fit_gmm(z, components, iterations=100, ridge=1e-3):
-    """A mixture of Gaussians for z (N, D) by EM (Bishop 2006, section 9.2.2): weights (K,), means
-    (K, D), Cholesky factors of the covariances (K, D, D). The ridge is added to their diagonals, so
-    that even the covariance of few points can be inverted."""
+    """A mixture of Gaussians for z (N, D): weights (K,), means (K, D), Cholesky factors of the
+    covariances (K, D, D). EM (Bishop 2006, section 9.2.2) guesses in turn which component made each
+    point, and fits each component to its points. The ridge, added to the diagonals, lets even the
+    covariance of few points be inverted."""
     if len(z) < max(2, components):
         raise data.UserError(f"{len(z)} points are too few for {components} Gaussians")
     added = ridge * torch.eye(z.shape[1], dtype=z.dtype)                    # (D, D)
@@ -174,10 +179,9 @@ def sample_gmm(weights, means, factors, count):
 
 def sample_ex_post_prior(model, labels, dataset):
     """z from the ex-post prior (Ghosh et al. 2020, arXiv:1903.12436), (N, latent_dim). The z of
-    real images do not fill N(0, I) evenly, and a z from an empty place decodes badly. So fit a
+    real images leave some places of N(0, I) empty, and a z from there decodes badly. So fit a
     mixture to one z of each training image: 50 Gaussians or, if labels are told, one a class."""
-    mu, logvar = encode(model, dataset.train_images, dataset.train_labels)
-    real_z = model.reparameterize(mu, logvar).cpu()
+    real_z = model.reparameterize(*encode(model, dataset.train_images, dataset.train_labels)).cpu()
     if not is_conditional(model):
         return sample_gmm(*fit_gmm(real_z, components=50), len(labels))
     z = torch.empty(len(labels), model.latent_dim)
@@ -197,15 +201,14 @@ def look_at(source, model, z, labels, real):
 def measure(script, model, meta, real):
     """The numbers of every model: a dict, a row of the tables. Each measurement has a seed of its
     own, so that none of them changes another."""
-    beta, asked = meta.get("beta"), torch.arange(len(real.images)) % 10     # all classes alike
+    beta = meta.get("beta")                             # None, except in section 4
+    asked = torch.arange(len(real.images)) % 10         # all classes equally often
     row = {"model": NAMES[script] if beta is None else f"{NAMES[script]} β={beta:g}", "beta": beta,
            "latent_dim": model.latent_dim, "params": sum(p.numel() for p in model.parameters()),
            "seconds": meta["metrics"]["seconds"]}
     torch.manual_seed(meta["seed"])                     # the seed of the script's own test
-    if is_conditional(model):
-        row |= script.test(model, real.images, real.labels)
-    else:
-        row |= script.test(model, real.images)
+    labels = [real.labels] if is_conditional(model) else []
+    row |= script.test(model, real.images, *labels)
     row["excess"] = row["recon"] - data.pixel_entropy(real.images).mean().item()
 
     torch.manual_seed(1)
@@ -229,7 +232,6 @@ def measure_sources(model, dataset, real):
     row["fid_ex_post"] = frechet_distance(features, real.features)
     if is_conditional(model):
         row["control_ex_post"], _ = controllability(seen, asked)
-
     torch.manual_seed(3)
     z = model.reparameterize(*encode(model, real.images, real.labels))
     other = (real.labels + torch.randint(1, 10, (len(z),))) % 10            # never the same class
@@ -239,7 +241,6 @@ def measure_sources(model, dataset, real):
     if is_conditional(model):
         _, seen = look_at("the z of real images, in other classes", model, z, other, real)
         row["control_swap"], _ = controllability(seen, other)
-
     print("measuring the importance-weighted bound", flush=True)
     torch.manual_seed(4)
     row["iw_10"] = importance_weighted_bound(model, real.images, real.labels, draws=10)
@@ -250,7 +251,7 @@ def measure_sources(model, dataset, real):
 
 MAIN = ["model", "latent_dim", "active", "recon", "excess", "kl", "total", "iw_10"]
 IMAGES = ["model", "fid_prior", "fid_ex_post", "fid_decoded", "params", "seconds"]
-CLASSES = ["model", "control_prior", "control_ex_post", "control_decoded", "control_swap",
+CONTROL = ["model", "control_prior", "control_ex_post", "control_decoded", "control_swap",
            "worst_prior", "diversity_prior"]
 SWEEP = ["model", "active", "recon", "kl", "total", "fid_prior", "gap", "rotated_gap", "difference"]
 
@@ -277,11 +278,11 @@ def cell(key, value):
 
 
 def noise(rows, key):
-    """How far two single trainings of equally good models may differ by chance: two standard
-    deviations of their difference, pooled over the rows; or None if there is only one seed."""
+    """How far two trainings of equally good models may differ by chance: two standard deviations of
+    their difference, pooled over the rows. (Means of n trainings: 1 / sqrt(n) of it.)"""
     variances = [row[key]["std"] ** 2 for row in rows if isinstance(row.get(key), dict)]
     if not variances:
-        return None
+        return None                                     # unknown from one seed
     variance_of_difference = 2 * mean(variances)        # Var(a - b) = Var(a) + Var(b)
     return 2 * math.sqrt(variance_of_difference)
 
@@ -298,13 +299,13 @@ def table(rows, columns):
 
 def report(results):
     """The tables with what is needed to read them, as lines of Markdown."""
+    lines = [", ".join(f"{name} {results[name]}" for name in ("data", "split", "seeds", "date"))]
     main_rows = [row for row in results["rows"] if row["beta"] is None]
     sweep = [row for row in results["rows"] if row["beta"] is not None]
-    facts = [f"{name} {results[name]}" for name in ("data", "split", "n", "seeds", "torch", "date")]
-    return [", ".join(facts), "", *table(main_rows, MAIN), "", *table(main_rows, IMAGES), "",
-            *table(main_rows, CLASSES), "", *table(sweep, SWEEP), "",
-            *[f"- {name}: {cell(name, value)}" for name, value in results["yardsticks"].items()],
-            *results["stale"]]
+    for columns in (MAIN, IMAGES, CONTROL, SWEEP):
+        lines += ["", *table(sweep if columns is SWEEP else main_rows, columns)]
+    yardsticks = [f"- {name}: {cell(name, x)}" for name, x in results["yardsticks"].items()]
+    return [*lines, "", *yardsticks, *results["stale"]]
 
 
 def draw_models(models, real, path):
@@ -348,7 +349,6 @@ def main(argv=None):
     args = data.read_flags(parser, argv)
     dataset = data.load(args.data)
     resnet, resnet_meta = classifier.load_pretrained(args.device)
-
     images = getattr(dataset, f"{args.split}_images")
     labels = getattr(dataset, f"{args.split}_labels")
     print("measuring the real images", flush=True)
@@ -380,7 +380,7 @@ def main(argv=None):
                     row |= measure_sources(model, dataset, real)
                     models.setdefault(row["model"], (model, row))   # those of the first seed
                 rows.setdefault(row["model"], []).append(row)
-    gaps = [row["difference"] for of_seeds in rows.values() for row in of_seeds if row["beta"]]
+    gaps = [row["difference"] for row in sum(rows.values(), []) if row["beta"] is not None]
     pooled = {"mean": mean(gaps), "std": stdev(gaps) / math.sqrt(len(gaps)), "n": len(gaps)}
     yardsticks["difference of all β-VAEs, ± its standard error"] = pooled
     results = {"data": dataset.source, "split": args.split, "n": len(images), "seeds": seeds,

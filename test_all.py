@@ -544,7 +544,7 @@ def test_planted_axes_exceed_every_rotation_and_arbitrary_axes_do_not(seed):
     assert min(gaps) <= turned <= max(gaps)
 
 
-def test_random_axes_are_rotations_and_differ(monkeypatch):
+def test_random_axes_are_rotations_of_latents_of_equal_spread_and_differ(monkeypatch):
     """Rotations keep all distances, and each of them is another one."""
     torch.manual_seed(0)
     mu, seen = torch.randn(50, 4) * torch.tensor([1, 2, 3, 0.1]), []
@@ -553,7 +553,20 @@ def test_random_axes_are_rotations_and_differ(monkeypatch):
     beta_vae.rotated_gaps(mu, torch.randn(50, 6))
     assert len(seen) == 20 and not torch.allclose(seen[0], seen[1], atol=0.1)
     for rotated in seen:
-        assert torch.allclose(torch.pdist(rotated), torch.pdist(mu), rtol=1e-3)
+        assert torch.allclose(torch.pdist(rotated), torch.pdist(mu / mu.std(0)), rtol=1e-3)
+
+
+@five_seeds
+def test_axes_that_mean_nothing_show_no_gap_however_different_their_spreads(seed):
+    """Each attribute is a random mixture of all latents, of equal weights on average."""
+    torch.manual_seed(seed)
+    differences = []
+    for _ in range(50):
+        z = torch.randn(500, 6)
+        mu, values = z * torch.tensor([1, 0.8, 0.6, 0.4, 0.3, 0.2]), z @ torch.randn(6, 6)
+        own = beta_vae.gap(beta_vae.correlation(mu, values))
+        differences.append(own - np.mean(beta_vae.rotated_gaps(mu, values)))
+    assert abs(np.mean(differences)) < 3 * np.std(differences) / 50 ** 0.5 < 0.1
 
 
 # ================================================================ 4. the metrics
@@ -1052,8 +1065,8 @@ def test_each_section_changes_the_lesson_before_it_only_where_it_must():
     assert code(beta_vae.BetaVAE, ("Beta", ""), ("dim=10", "dim=20")) == code(vae.VAE)
     assert code(beta_vae.train, ("lr, beta)", "lr)"), ("beta * ", "")) == code(vae.train)
     added = [line for line in inspect.getsource(conv_vae.train).splitlines(True)
-             if line.strip().startswith(("step = 0", "step += 1", "w = min("))]
-    assert len(added) == 3
+             if line.strip().startswith(("step = 0", "step += 1", "w = min(", "progress ="))]
+    assert len(added) == 4
     assert code(conv_vae.train, *((line, "") for line in added), (", warmup=0.2", ""), ("w * ", ""),
                 (", KL weight {w:.2f}", "")) == code(vae.train)
     for module in (conv_vae, beta_vae):
@@ -1208,7 +1221,7 @@ def test_evaluate_trains_what_is_missing_and_its_tables_add_up(evaluated):
     assert pooled["std"] == pytest.approx(np.std(differences, ddof=1) / 2 ** 0.5)
     assert all(line in printed for line in evaluate.report(results))
     assert (out / "results-sample-seeds0-epochs1.png").exists()
-    shown = [*evaluate.MAIN, *evaluate.IMAGES, *evaluate.CLASSES, *evaluate.SWEEP, "beta"]
+    shown = [*evaluate.MAIN, *evaluate.IMAGES, *evaluate.CONTROL, *evaluate.SWEEP, "beta"]
     for row in results["rows"]:
         assert set(row) <= set(shown), "a number is computed that no table shows"
 
@@ -1482,14 +1495,15 @@ all | not 0 <= images.min() <= images.max() <= 1 | False | images_that_the_loss_
 all | test(model, dataset.test_images | test(model, dataset.val_images | main_saves_before
 # warm-up left on at evaluation, or never ending, or counting epochs; beta left out of the loss
 conv_vae cvae | return {"recon": | mean_kl *= 0.9; return {"recon": | test_loop
-conv_vae cvae | min(1.0, step / steps / warmup) | step / steps / warmup | warmup_goes_from_0_to_1
-conv_vae cvae | min(1.0, step / steps | min(1.0, epoch / epochs | warmup_goes_from_0_to_1
+conv_vae cvae | min(1.0, progress / warmup) | progress / warmup | warmup_goes_from_0_to_1
+conv_vae cvae | progress = step / steps | progress = epoch / epochs | warmup_goes_from_0_to_1
 beta_vae | recon + beta * kl | recon + kl | beta_weighs_the_gradient_of_the_kl
 # a correlation with its sign; the lower half for the upper; the gap to the smallest; stretched axes
 beta_vae | .abs().nan_to_num() | .nan_to_num() | correlation_is_that_of_numpy
 beta_vae | x[:, :14].sum((1, 2)) | x[:, 14:].sum((1, 2)) | attributes_of_a_drawn_rectangle
 beta_vae | ordered[1] if | ordered[-1] if | gap_is_one_for_latents_of_their_own
 beta_vae | torch.linalg.qr(gaussian).Q | gaussian | random_axes_are_rotations
+beta_vae | scaled = mu / mu.std(dim=0) | scaled = mu | random_axes_are_rotations
 beta_vae |  if active[d]] | ] | analysis_orders_active_latents
 # the map upside down; one-hot shifted by one; decoder or encoder ignores y
 vae | in middles.flip(0): | in middles: | map_shows_each_place
@@ -1514,7 +1528,7 @@ evaluate | 2 * eigenvalues.sqrt().sum() | 2 * eigenvalues.sum() | fid_of_scaled_
 evaluate | logsumexp(dim=0) - math.log(draws) | logsumexp(dim=0) | importance_weighted_bounds
 evaluate | -recon + log_prior - log_q | -recon | importance_weighted_bounds
 # EM without its weights, or around the wrong mean; one Gaussian for all classes of the CVAE
-evaluate | weight.log() - log_norm | -log_norm | log_joint
+evaluate | weight.log() - 0.5 * u | -0.5 * u | log_joint
 evaluate | centred = z - means[k] | centred = z - z.mean(0) | no_iteration_of_em
 evaluate | real_z[dataset.train_labels == c] | real_z | one_gaussian_a_class
 # one stream of random numbers for all; a swap that is none; an edited script taken for this one
