@@ -20,7 +20,8 @@ nothing, those that training found should be like any others.
 
 You should see (full data, seed 0), from beta = 0.25 to 16, recon rise from BETARECON nats on
 the test images and KL fall from BETAKL. BETAGAP
-Try: --betas 0 1 --epochs 3 --out try (0 is almost an autoencoder). How many latents are active?
+Try: --betas 0 1 --epochs 3 --out try. With 0, nothing pulls z to the prior: how many latents are
+active, and what do they cost?
 """
 import math
 import time
@@ -92,13 +93,13 @@ def elbo_terms(logits, x, mu, logvar):
     # The decoder says with which probability p_i = sigmoid(logit_i) pixel i is white, and so
     #     recon = -log p(x | z) = -sum_i [ x_i log p_i + (1 - x_i) log(1 - p_i) ]
     # if each x_i is 1 (white) or 0 (black). For our grey pixels we use the same formula: one of 0.4
-    # counts as 40 % white and 60 % black. Then recon is no longer a log-probability in the strict
-    # sense; but it still is least where p = x.
+    # counts as 40 % white and 60 % black. This cost is no log-probability in the strict sense, but
+    # it is least where p = x, and the ELBO bounds it in the same way.
     recon = torch.nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="none")
     recon = recon.flatten(1).sum(1)                                         # (B,)
     # For one latent, log q(z | x) = -1/2 [ (z - mu)^2 / sigma^2 + log sigma^2 + log 2 pi ], and
-    # log p(z) is the same with mu = 0 and sigma = 1. The mean of their difference under q needs no
-    # draws, as those of z^2 and (z - mu)^2 are mu^2 + sigma^2 and sigma^2. Summed over the latents:
+    # log p(z) = -1/2 [ z^2 + log 2 pi ]. Under q, the mean of (z - mu)^2 is sigma^2, and that of z^2
+    # is mu^2 + sigma^2. So the mean of log q - log p needs no draws; summed over the latents:
     #     kl = 1/2 sum_d [ mu_d^2 + sigma_d^2 - log sigma_d^2 - 1 ]
     kl = 0.5 * (mu.pow(2) + logvar.exp() - logvar - 1).sum(1)               # (B,)
     return recon, kl
@@ -127,7 +128,7 @@ def train(model, train_images, val_images, epochs, batch_size, lr, beta):
     list with a dict for each epoch. FloatingPointError if the loss is not finite.
 
     Adam with OneCycle: the learning rate rises from lr / 25 to lr in the first 30 % of all steps,
-    then falls almost to 0."""
+    then falls almost to 0. Adam's beta2 is 0.99 instead of 0.999, which learns faster here."""
     check_images(train_images)
     check_images(val_images)
     device = next(model.parameters()).device
@@ -169,8 +170,8 @@ def train(model, train_images, val_images, epochs, batch_size, lr, beta):
 @torch.no_grad()
 def test(model, images, batch_size=1000):
     """The mean recon, kl and total of images (N, 1, 28, 28), and how many latents are active. Draws
-    one z for each image from q(z | x), as in training: with mu in its place, recon + kl would be no
-    bound. The KL always has weight 1."""
+    one z for each image from q(z | x), since the ELBO is a mean over such draws; with mu, the total
+    would be smaller, but no bound. The KL always has weight 1."""
     check_images(images)
     model.eval()
     device = next(model.parameters()).device
@@ -217,9 +218,9 @@ def attributes(images):
 def correlation(mu, values):
     """How strongly each latent goes with each attribute: |r|, the absolute value of Pearson's
     correlation, from 0 to 1. mu (N, D), values (N, K) -> (D, K)."""
-    latents = mu.shape[1]
+    D = mu.shape[1]
     r = torch.corrcoef(torch.cat([mu, values], dim=1).double().T)           # (D + K, D + K)
-    r = r[:latents, latents:]                           # rows: latents, columns: attributes
+    r = r[:D, D:]                                       # rows: latents, columns: attributes
     return r.abs().nan_to_num()                         # not a number: one of the two is constant
 
 
@@ -244,7 +245,7 @@ def rotated_gaps(mu, values, rotations=20):
     gaps = []
     for _ in range(rotations):
         gaussian = torch.randn(mu.shape[1], mu.shape[1], generator=generator)
-        rotation = torch.linalg.qr(gaussian).Q          # columns at right angles: random axes
+        rotation = torch.linalg.qr(gaussian).Q          # orthogonal columns, the new axes
         gaps.append(gap(correlation(scaled @ rotation, values)))
     return gaps
 

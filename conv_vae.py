@@ -12,15 +12,16 @@ arXiv:1602.02282): its weight w grows from 0 to 1 in the first fifth of all step
 where progress is the share of all steps that is done, and warmup = 0.2. In the first steps the
 decoder cannot use z yet. If z costs its full KL then, the easiest way to a lower loss is to make
 q(z | x) equal to the prior N(0, 1) in some latents, for every image. The decoder then learns to
-ignore these latents, so that they do not become useful later: this is called posterior collapse.
-With warm-up, z learns to carry something before it has to pay for it. Evaluation always uses w = 1.
+ignore these latents, so that they do not become useful later, even if they would be worth their
+price: this is called posterior collapse. With warm-up, z learns to carry something before it has to
+pay for it. Evaluation always uses w = 1.
 
     python conv_vae.py                  # CONVMINUTES on two CPU cores
 
 You should see (full data, seed 0) a test total of about CONVTOTAL nats, CONVGAIN below that of
 section 2: recon CONVRECON, an excess of CONVEXCESS, and KL CONVKL. CONVACTIVE of the 32 latents
-are active: z could be larger, but more latents are not worth their price. The gain is that of all
-changes together; results/README.md looks at them one by one. `diff vae.py conv_vae.py` shows them.
+are active: with or without warm-up, most are not worth their price in the end. The gain is that of
+all changes together; results/README.md looks at some of them. `diff vae.py conv_vae.py` shows them.
 Try: --warmup 0 --out try. How many latents are active at the end?
 """
 import math
@@ -95,13 +96,13 @@ def elbo_terms(logits, x, mu, logvar):
     # The decoder says with which probability p_i = sigmoid(logit_i) pixel i is white, and so
     #     recon = -log p(x | z) = -sum_i [ x_i log p_i + (1 - x_i) log(1 - p_i) ]
     # if each x_i is 1 (white) or 0 (black). For our grey pixels we use the same formula: one of 0.4
-    # counts as 40 % white and 60 % black. Then recon is no longer a log-probability in the strict
-    # sense; but it still is least where p = x.
+    # counts as 40 % white and 60 % black. This cost is no log-probability in the strict sense, but
+    # it is least where p = x, and the ELBO bounds it in the same way.
     recon = torch.nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="none")
     recon = recon.flatten(1).sum(1)                                         # (B,)
     # For one latent, log q(z | x) = -1/2 [ (z - mu)^2 / sigma^2 + log sigma^2 + log 2 pi ], and
-    # log p(z) is the same with mu = 0 and sigma = 1. The mean of their difference under q needs no
-    # draws, as those of z^2 and (z - mu)^2 are mu^2 + sigma^2 and sigma^2. Summed over the latents:
+    # log p(z) = -1/2 [ z^2 + log 2 pi ]. Under q, the mean of (z - mu)^2 is sigma^2, and that of z^2
+    # is mu^2 + sigma^2. So the mean of log q - log p needs no draws; summed over the latents:
     #     kl = 1/2 sum_d [ mu_d^2 + sigma_d^2 - log sigma_d^2 - 1 ]
     kl = 0.5 * (mu.pow(2) + logvar.exp() - logvar - 1).sum(1)               # (B,)
     return recon, kl
@@ -130,7 +131,7 @@ def train(model, train_images, val_images, epochs, batch_size, lr, warmup=0.2):
     list with a dict for each epoch. FloatingPointError if the loss is not finite.
 
     Adam with OneCycle: the learning rate rises from lr / 25 to lr in the first 30 % of all steps,
-    then falls almost to 0."""
+    then falls almost to 0. Adam's beta2 is 0.99 instead of 0.999, which learns faster here."""
     check_images(train_images)
     check_images(val_images)
     device = next(model.parameters()).device
@@ -149,7 +150,7 @@ def train(model, train_images, val_images, epochs, batch_size, lr, warmup=0.2):
             x = train_images[indices.to(device)]        # (B, 1, 28, 28)
             logits, mu, logvar = model(x)
             recon, kl = elbo_terms(logits, x, mu, logvar)
-            progress = step / steps                     # from 0 to 1
+            progress = step / steps                     # from 0 to almost 1
             w = min(1.0, progress / warmup) if warmup > 0 else 1.0
             loss = (recon + w * kl).mean()
             if not torch.isfinite(loss):
@@ -176,8 +177,8 @@ def train(model, train_images, val_images, epochs, batch_size, lr, warmup=0.2):
 @torch.no_grad()
 def test(model, images, batch_size=1000):
     """The mean recon, kl and total of images (N, 1, 28, 28), and how many latents are active. Draws
-    one z for each image from q(z | x), as in training: with mu in its place, recon + kl would be no
-    bound. The KL always has weight 1."""
+    one z for each image from q(z | x), since the ELBO is a mean over such draws; with mu, the total
+    would be smaller, but no bound. The KL always has weight 1."""
     check_images(images)
     model.eval()
     device = next(model.parameters()).device

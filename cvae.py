@@ -13,8 +13,8 @@ of the image, one of them 1 and the others 0; the decoder sees it as a one-hot v
 same z with another y is the same style in another class.
 
 The total is an upper bound on -log p(x | y), not on -log p(x). To compare it with that of a VAE,
-add what the label costs. All classes are equally frequent, so p(y) = 1/10; and as p(x) is at least
-p(x, y) = p(x | y) p(y),
+add what the label costs. All classes are equally frequent, so p(y) = 1/10; and as p(x) is the sum
+of p(x, y) over all y, it is at least p(x, y) = p(x | y) p(y). Hence
 
     -log p(x)  <=  -log p(x | y) - log p(y)  =  -log p(x | y) + log 10,     log 10 = 2.30 nats
 
@@ -23,8 +23,8 @@ p(x, y) = p(x | y) p(y),
 You should see (full data, seed 0) a test total of about CVAETOTAL nats: recon CVAERECON, an
 excess of CVAEEXCESS, and KL CVAEKL. With log 10 it is CVAEPLUS. `diff conv_vae.py cvae.py`
 shows where the label comes in; all else is that of section 3.
-Try (with --out try): leave y out of the decoder, by `0 * label` in decode(). Who has to tell the
-class then?
+Try (with --out try): leave y out of the decoder, by `0 * label` in decode(). Then who has to tell
+which class it is?
 """
 import math
 import time
@@ -102,13 +102,13 @@ def elbo_terms(logits, x, mu, logvar):
     # The decoder says with which probability p_i = sigmoid(logit_i) pixel i is white, and so
     #     recon = -log p(x | z) = -sum_i [ x_i log p_i + (1 - x_i) log(1 - p_i) ]
     # if each x_i is 1 (white) or 0 (black). For our grey pixels we use the same formula: one of 0.4
-    # counts as 40 % white and 60 % black. Then recon is no longer a log-probability in the strict
-    # sense; but it still is least where p = x.
+    # counts as 40 % white and 60 % black. This cost is no log-probability in the strict sense, but
+    # it is least where p = x, and the ELBO bounds it in the same way.
     recon = torch.nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="none")
     recon = recon.flatten(1).sum(1)                                         # (B,)
     # For one latent, log q(z | x) = -1/2 [ (z - mu)^2 / sigma^2 + log sigma^2 + log 2 pi ], and
-    # log p(z) is the same with mu = 0 and sigma = 1. The mean of their difference under q needs no
-    # draws, as those of z^2 and (z - mu)^2 are mu^2 + sigma^2 and sigma^2. Summed over the latents:
+    # log p(z) = -1/2 [ z^2 + log 2 pi ]. Under q, the mean of (z - mu)^2 is sigma^2, and that of z^2
+    # is mu^2 + sigma^2. So the mean of log q - log p needs no draws; summed over the latents:
     #     kl = 1/2 sum_d [ mu_d^2 + sigma_d^2 - log sigma_d^2 - 1 ]
     kl = 0.5 * (mu.pow(2) + logvar.exp() - logvar - 1).sum(1)               # (B,)
     return recon, kl
@@ -145,13 +145,14 @@ def train(model, train_images, train_labels, val_images, val_labels, epochs, bat
     the history, a list with a dict for each epoch. FloatingPointError if the loss is not finite.
 
     Adam with OneCycle: the learning rate rises from lr / 25 to lr in the first 30 % of all steps,
-    then falls almost to 0."""
+    then falls almost to 0. Adam's beta2 is 0.99 instead of 0.999, which learns faster here."""
     check_images(train_images)
     check_images(val_images)
     check_labels(train_labels, train_images)
     check_labels(val_labels, val_images)
     device = next(model.parameters()).device
     train_images, val_images = train_images.to(device), val_images.to(device)
+    train_labels = train_labels.to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr, betas=(0.9, 0.99),
                                  fused=True)            # all weights at once: a sixth faster
     steps = epochs * math.ceil(len(train_images) / batch_size)
@@ -164,10 +165,10 @@ def train(model, train_images, train_labels, val_images, val_labels, epochs, bat
         recon_sum, kl_sum = 0.0, 0.0                    # over all images of the epoch
         for indices in torch.randperm(len(train_images)).split(batch_size):
             x = train_images[indices.to(device)]        # (B, 1, 28, 28)
-            y = train_labels[indices].to(device)        # (B,)
+            y = train_labels[indices.to(device)]        # (B,)
             logits, mu, logvar = model(x, y)
             recon, kl = elbo_terms(logits, x, mu, logvar)
-            progress = step / steps                     # from 0 to 1
+            progress = step / steps                     # from 0 to almost 1
             w = min(1.0, progress / warmup) if warmup > 0 else 1.0
             loss = (recon + w * kl).mean()
             if not torch.isfinite(loss):
@@ -194,8 +195,8 @@ def train(model, train_images, train_labels, val_images, val_labels, epochs, bat
 @torch.no_grad()
 def test(model, images, labels, batch_size=1000):
     """The mean recon, kl and total of images (N, 1, 28, 28), labels (N,), and how many latents are
-    active. Draws one z for each image from q(z | x, y), as in training: with mu in its place,
-    recon + kl would be no bound. The KL always has weight 1."""
+    active. Draws one z for each image from q(z | x, y), since the ELBO is a mean over such
+    draws; with mu, the total would be smaller, but no bound. The KL always has weight 1."""
     check_images(images)
     check_labels(labels, images)
     model.eval()
@@ -234,6 +235,7 @@ def draw_pictures(model, dataset, history, stem):
                     "Each row: one z from N(0, I). Each column: one class", columns=data.CLASSES)
     z = mu.repeat_interleave(10, dim=0)                 # in each row the style of one real image
     swaps = model.decode(z, classes.repeat(len(x))).sigmoid().view(-1, 10, 28, 28)
+    # x (10, 1, 28, 28) and swaps (10, 10, 28, 28): the real image is the first of eleven columns
     data.image_grid(torch.cat([x, swaps], dim=1), f"{stem}-swaps.png",
                     "A real image, its style in every class", names, ("real", *data.CLASSES))
     data.plot_curves(history, f"{stem}-curves.png")

@@ -60,7 +60,7 @@ class UserError(ValueError):
 def pixel_entropy(images):
     """BCE(x, x), the least that any prediction can cost: (B, ...) -> (B,) nats per image."""
     x = images.flatten(1)
-    return -(torch.xlogy(x, x) + torch.xlogy(1 - x, 1 - x)).sum(1)   # xlogy(a, b) = a log b
+    return -(torch.xlogy(x, x) + torch.xlogy(1 - x, 1 - x)).sum(1)      # a log b; 0 where a is 0
 
 
 def split_indices(labels):
@@ -158,7 +158,7 @@ LIMITS = {"epochs": (1, 10_000), "batch_size": (1, 10_000), "latent_dim": (1, 10
           "lr": (1e-8, 10), "seed": (0, 2**32 - 1), "seeds": (0, 2**32 - 1), "betas": (0, 1e6),
           "warmup": (0, 1)}
 SETTINGS = ("epochs", "batch_size", "lr", "latent_dim", "warmup", "split")
-default_style = matplotlib.style.context("default")     # whatever the user's matplotlibrc says
+default_style = matplotlib.style.context("default")     # a decorator, against other matplotlibrcs
 
 
 def command(main):
@@ -172,7 +172,7 @@ def command(main):
         except KeyboardInterrupt:
             message, code = "interrupted: this training is lost, finished models are kept", 130
         except BrokenPipeError:                         # as in `python vae.py | head`
-            os._exit(1)                                 # at once: nobody reads what is still unsaid
+            os._exit(1)                                 # at once, without another message
         except (UserError, FloatingPointError, OSError) as error:
             message, code = error, 2
         except (RuntimeError, MemoryError) as error:
@@ -334,7 +334,7 @@ def draw_grid(axes, images, title="", rows=(), columns=()):
         raise UserError("pixels must lie in [0, 1] to be drawn: take the sigmoid of logits first")
     images = images.detach().cpu().reshape(n_rows, n_columns, 28, 28)
     framed = torch.nn.functional.pad(images, (1, 1, 1, 1), value=1.0)       # white seams
-    canvas = framed.transpose(1, 2).reshape(n_rows * 30, n_columns * 30)
+    canvas = framed.transpose(1, 2).reshape(n_rows * 30, n_columns * 30)    # from (R, 30, C, 30)
     axes.imshow(canvas.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axes.set_title(title)
     axes.set_yticks([30 * i + 15 for i in range(len(rows))], rows)

@@ -10,12 +10,12 @@ no choice has seen. The images that a model draws are judged by a classifier (cl
 Where does a bad image come from? We draw images from z of three sources, and the name of a number
 ends in its source: _prior, z from N(0, I); _ex_post, z from a mixture of Gaussians that was fitted,
 after the training, to the z of training images; _decoded, z of the test images themselves, so that
-what is wrong is the decoder's fault alone (_swap: the same z, decoded as another class).
+no prior can be blamed (_swap: the same z, decoded as another class).
 
     python evaluate.py          # @STUDY_MINUTES@ minutes; a second call only measures again
 
-You should see (full data, seed 0) totals that fall from MLP VAE over Conv VAE to CVAE, FIDs that
-fall from _prior over _ex_post to _decoded, and a control of about @CONTROL0@.
+You should see (full data, seed 0) totals that fall from MLP VAE over Conv VAE to CVAE (with log 10
+added), FIDs that fall from _prior over _ex_post to _decoded, and a control_prior of @CONTROL0@.
 Try: --data sample --epochs 3 --out try. What limits the Conv VAE most: decoder, mixture or prior?
 """
 import json
@@ -76,9 +76,9 @@ def frechet_distance(features_a, features_b):
     a, b = features_a.double(), features_b.double()
     shift = a.mean(0) - b.mean(0)
     cov_a, cov_b = torch.atleast_2d(a.T.cov()), torch.atleast_2d(b.T.cov())  # (D, D), over N - 1
-    # The trace of (S_a S_b)^1/2 is the sum of the roots of the eigenvalues of S_a S_b. Products X Y
-    # and Y X have the same eigenvalues, and so S_a S_b has those of S_a^1/2 S_b S_a^1/2, which is
-    # symmetric. (Rounding may make an eigenvalue of 0 slightly negative: hence the clamps.)
+    # The trace of (S_a S_b)^1/2 is the sum of the roots of the eigenvalues of S_a S_b. X Y and Y X
+    # always have the same eigenvalues; with X = S_a^1/2 and Y = S_a^1/2 S_b, these are those of the
+    # symmetric S_a^1/2 S_b S_a^1/2. (Rounding may make a 0 slightly negative: hence the clamps.)
     values, vectors = torch.linalg.eigh(cov_a)
     root_a = (vectors * values.clamp(min=0).sqrt()) @ vectors.T             # S_a^1/2
     eigenvalues = torch.linalg.eigvalsh(root_a @ cov_b @ root_a).clamp(min=0)
@@ -97,8 +97,8 @@ def controllability(recognised, asked):
 
 
 def diversity(features, labels, real_features, real_labels):
-    """The mean distance between the features (N, D) of two drawn images of a class, labels (N,),
-    over that of two real ones; the mean over the classes. 1: as varied as real images, 0: not."""
+    """The mean distance between the features (N, D) of two drawn images of a class, over that of
+    two real ones; averaged over the classes. 1: as varied as real images, 0: one image a class."""
     ratios = []
     for c in real_labels.unique():
         drawn, real = features[labels == c], real_features[real_labels == c]
@@ -114,7 +114,8 @@ def importance_weighted_bound(model, images, labels, draws):
 
         -log p(x)  <=  -E[ log( 1/K sum_k w_k ) ],    w = p(x | z) p(z) / q(z | x),  z ~ q(z | x)
 
-    K = 1 is the negative ELBO; the mean of more weights varies less, and the bound is tighter."""
+    K = 1 is the negative ELBO. The mean of more weights varies less, so its log loses less (Jensen).
+    """
     mu, logvar = encode(model, images, labels)
     log_w = []
     for _ in range(draws):
@@ -124,7 +125,7 @@ def importance_weighted_bound(model, images, labels, draws):
         log_prior = -0.5 * z.pow(2).sum(1)                                  # (N,)
         log_q = -0.5 * ((z - mu).pow(2) / logvar.exp() + logvar).sum(1)     # (N,)
         log_w.append(-recon + log_prior - log_q)
-    log_mean_w = torch.stack(log_w).double().logsumexp(dim=0) - math.log(draws)
+    log_mean_w = torch.stack(log_w).cpu().double().logsumexp(dim=0) - math.log(draws)
     return -log_mean_w.mean().item()
 
 
@@ -158,7 +159,7 @@ def fit_gmm(z, components, iterations=100, ridge=1e-3):
     for _ in range(iterations):
         # E step: how likely is it that component k made point n? Its responsibility
         joint = log_joint(z, weights, means, torch.linalg.cholesky(covariances))
-        responsibility = joint.softmax(dim=0)                               # (K, N)
+        responsibility = joint.softmax(dim=0)           # Bayes' rule: (K, N)
         # M step: fit each component anew to the points, weighted by its responsibility
         counts = responsibility.sum(1).clamp(min=1e-6)                      # (K,)
         weights = counts / counts.sum()
@@ -217,6 +218,7 @@ def measure(script, model, meta, real):
     row["fid_prior"] = frechet_distance(features, real.features)
     if is_conditional(model):
         row["control_prior"], row["worst_prior"] = controllability(seen, asked)
+        # of recognised images only, since wrong classes would count as variety
         right, real_right = seen == asked, real.recognised == real.labels
         row["diversity_prior"] = diversity(features[right], asked[right],
                                            real.features[real_right], real.labels[real_right])
@@ -278,13 +280,12 @@ def cell(key, value):
 
 
 def noise(rows, key):
-    """How far two trainings of equally good models may differ by chance: two standard deviations of
-    their difference, pooled over the rows. (Means of n trainings: 1 / sqrt(n) of it.)"""
+    """By how much two equally good trainings may differ by chance: twice the standard deviation of
+    their difference, which is sqrt(2) s; s is the std over seeds, pooled over the rows."""
     variances = [row[key]["std"] ** 2 for row in rows if isinstance(row.get(key), dict)]
     if not variances:
         return None                                     # unknown from one seed
-    variance_of_difference = 2 * mean(variances)        # Var(a - b) = Var(a) + Var(b)
-    return 2 * math.sqrt(variance_of_difference)
+    return 2 * math.sqrt(2 * mean(variances))
 
 
 def table(rows, columns):
@@ -361,7 +362,7 @@ def main(argv=None):
         "fid of uniform noise": frechet_distance(real.features, uniform),
         "control of real images": controllability(real.recognised, labels)[0]}
     seeds = sorted(set(args.seeds))
-    rows, models, stale = {}, {}, []                    # rows: {model: [a row for each seed]}
+    rows, models, stale, gaps = {}, {}, [], []          # rows: {model: [a row for each seed]}
     for script in NAMES:
         for seed in seeds:
             paths, code = find_or_train(script, args, seed, dataset)
@@ -376,13 +377,13 @@ def main(argv=None):
                 if script is beta_vae:
                     found = beta_vae.analyse(model.cpu(), images)
                     row |= {key: found[key] for key in ("gap", "rotated_gap", "difference")}
+                    gaps.append(found["difference"])
                 else:
                     row |= measure_sources(model, dataset, real)
                     models.setdefault(row["model"], (model, row))   # those of the first seed
                 rows.setdefault(row["model"], []).append(row)
-    gaps = [row["difference"] for row in sum(rows.values(), []) if row["beta"] is not None]
-    pooled = {"mean": mean(gaps), "std": stdev(gaps) / math.sqrt(len(gaps)), "n": len(gaps)}
-    yardsticks["difference of all β-VAEs, ± its standard error"] = pooled
+    pooled = {"mean": mean(gaps), "std": stdev(gaps), "n": len(gaps)}
+    yardsticks["difference of all β-VAEs"] = pooled
     results = {"data": dataset.source, "split": args.split, "n": len(images), "seeds": seeds,
                "epochs": args.epochs, "device": str(args.device), "torch": str(torch.__version__),
                "date": time.strftime("%Y-%m-%d"), "floor": yardsticks["entropy floor"],

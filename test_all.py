@@ -1,4 +1,4 @@
-"""Every test of the study: python -m pytest test_all.py (offline, on real images, TESTTIME).
+"""Every test of the study: python -m pytest test_all.py (offline, on real images, a minute).
 
 Each test states a fact and holds it against something that is not this code: a closed form,
 torch.distributions, numpy, a hand-made file, or another process. The order is that of the lesson:
@@ -261,7 +261,7 @@ def lesson_block(module):
     """The source of a script from its first class to the end of test()."""
     text = inspect.getsource(module)
     end = inspect.getsource(module.test)
-    return text[text.index("\nclass "):text.index(end) + len(end)]
+    return text[text.index("\nclass Residual"):text.index(end) + len(end)]
 
 
 @each_model
@@ -643,8 +643,7 @@ def test_diversity_is_1_for_real_images_and_0_for_one_image_a_class():
 
 
 @pytest.mark.parametrize("latent_dim", [1, 2])
-def test_importance_weighted_bounds_close_in_on_the_likelihood(latent_dim,
-                                                                                    sample):
+def test_importance_weighted_bounds_close_in_on_the_likelihood(latent_dim, sample):
     torch.manual_seed(3)
     model, x, y = vae.VAE(latent_dim, hidden=16), sample.test_images[:6], sample.test_labels[:6]
     with torch.no_grad():  # log p(x) by quadrature over the latent space
@@ -1058,10 +1057,10 @@ def code(function, *changes):
 @pytest.mark.parametrize("name", ["elbo_terms", "is_active", "Residual"])
 def test_what_is_the_same_in_all_scripts_is_word_for_word_the_same(name):
     assert len({inspect.getsource(getattr(module, name)) for module in MODELS}) == 1
-    assert len({inspect.getsource(c.reparameterize) for c in MODELS.values()}) == 1
 
 
 def test_each_section_changes_the_lesson_before_it_only_where_it_must():
+    assert len({inspect.getsource(c.reparameterize) for c in MODELS.values()}) == 1
     assert code(beta_vae.BetaVAE, ("Beta", ""), ("dim=10", "dim=20")) == code(vae.VAE)
     assert code(beta_vae.train, ("lr, beta)", "lr)"), ("beta * ", "")) == code(vae.train)
     added = [line for line in inspect.getsource(conv_vae.train).splitlines(True)
@@ -1106,7 +1105,8 @@ def alone(tmp_path_factory, tiny):
             for name, tensor in zip(data.FashionMNIST._fields, tiny[:6])})
         flags = ["--data", "sample"] + ["--epochs", "1"] * (script != "data")
         flags += ["--latent-dim", "2"] * (script == "vae")
-        started[script] = folder, start([f"{script}.py", *flags], folder, OMP_NUM_THREADS="1")
+        started[script] = folder, start([f"{script}.py", *flags], folder, OMP_NUM_THREADS="1",
+                                        PYTHONPATH=os.environ.get("PYTHONPATH", ""))
     for script, (folder, process) in started.items():
         printed, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
@@ -1150,8 +1150,7 @@ def test_a_script_runs_alone_with_data_py_and_the_sample(script, alone):
 
 @each_model
 @pytest.mark.parametrize("kept", [list(range(10)), [0, 1, 2, 4, 7, 9], [6]], ids=len)
-def test_main_saves_before_it_draws(
-        module, kept, tiny, tmp_path, capsys, monkeypatch):
+def test_main_saves_before_it_draws(module, kept, tiny, tmp_path, capsys, monkeypatch):
     """Also if some classes are missing, or all but one."""
     saved, save_figure = [], data.save_figure
 
@@ -1218,7 +1217,7 @@ def test_evaluate_trains_what_is_missing_and_its_tables_add_up(evaluated):
     differences = [row["gap"] - row["rotated_gap"] for row in results["rows"][1:3]]
     pooled, = [value for name, value in results["yardsticks"].items() if "difference" in name]
     assert pooled["mean"] == pytest.approx(np.mean(differences))
-    assert pooled["std"] == pytest.approx(np.std(differences, ddof=1) / 2 ** 0.5)
+    assert pooled["std"] == pytest.approx(np.std(differences, ddof=1)) and pooled["n"] == 2
     assert all(line in printed for line in evaluate.report(results))
     assert (out / "results-sample-seeds0-epochs1.png").exists()
     shown = [*evaluate.MAIN, *evaluate.IMAGES, *evaluate.CONTROL, *evaluate.SWEEP, "beta"]
@@ -1249,7 +1248,7 @@ def test_readme_and_report_show_the_recorded_tables():
     readme = (HERE / "README.md").read_text(encoding="utf-8")
     whole = (HERE / "results" / "README.md").read_text(encoding="utf-8")
     assert results["data"] == "full" and results["split"] == "test" and results["epochs"] is None
-    assert results["seeds"] == [0, 1, 2, 3, 4] and results["stale"] == []
+    assert len(results["seeds"]) >= 3 and results["stale"] == []
     for line in evaluate.report(results):
         if line.startswith(("|", "-")):
             assert line in whole, line
@@ -1259,8 +1258,20 @@ def test_readme_and_report_show_the_recorded_tables():
         assert line in readme, line
 
 
-def test_the_snippets_of_the_readme_work(evaluated, tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", ["README.md", "results/README.md"])
+def test_formulas_in_the_text_survive_the_parser_of_github(page):
+    """Which eats a backslash before punctuation, and takes underscores after a brace for emphasis.
+    Displayed formulas stand in blocks of the language math, which it leaves alone."""
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", (HERE / page).read_text(encoding="utf-8"),
+                  flags=re.DOTALL)
+    assert "$$" not in text and text.count("$") % 2 == 0
+    for formula in text.split("$")[1::2]:
+        assert "\n" not in formula and not re.search(r"\\[^a-zA-Z]|\}_", formula), formula
+
+
+def test_the_snippets_of_the_readme_work(evaluated, tmp_path, monkeypatch, sample):
     """Every Python block of README.md that imports something, after a vae.py and a cvae.py."""
+    monkeypatch.setattr(data, "load", lambda source: sample)
     readme = (HERE / "README.md").read_text(encoding="utf-8")
     blocks = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
               if "import" in block]
@@ -1276,7 +1287,8 @@ def test_the_snippets_of_the_readme_work(evaluated, tmp_path, monkeypatch):
     names = {}
     for block in blocks:
         exec(block, names)
-    assert len(blocks) >= 3 and {"bags.png", "mine-decoded.png"} <= set(os.listdir())
+    assert {"bags.png", "walk.png", "mine-decoded.png"} <= set(os.listdir())
+    assert Path("runs/vae-trousers-bags-seed0-epochs3.pt").exists()
 
 
 # ================================================================ 8. what users do wrong

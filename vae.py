@@ -105,13 +105,13 @@ def elbo_terms(logits, x, mu, logvar):
     # The decoder says with which probability p_i = sigmoid(logit_i) pixel i is white, and so
     #     recon = -log p(x | z) = -sum_i [ x_i log p_i + (1 - x_i) log(1 - p_i) ]
     # if each x_i is 1 (white) or 0 (black). For our grey pixels we use the same formula: one of 0.4
-    # counts as 40 % white and 60 % black. Then recon is no longer a log-probability in the strict
-    # sense; but it still is least where p = x.
+    # counts as 40 % white and 60 % black. This cost is no log-probability in the strict sense, but
+    # it is least where p = x, and the ELBO bounds it in the same way.
     recon = torch.nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="none")
     recon = recon.flatten(1).sum(1)                                         # (B,)
     # For one latent, log q(z | x) = -1/2 [ (z - mu)^2 / sigma^2 + log sigma^2 + log 2 pi ], and
-    # log p(z) is the same with mu = 0 and sigma = 1. The mean of their difference under q needs no
-    # draws, as those of z^2 and (z - mu)^2 are mu^2 + sigma^2 and sigma^2. Summed over the latents:
+    # log p(z) = -1/2 [ z^2 + log 2 pi ]. Under q, the mean of (z - mu)^2 is sigma^2, and that of z^2
+    # is mu^2 + sigma^2. So the mean of log q - log p needs no draws; summed over the latents:
     #     kl = 1/2 sum_d [ mu_d^2 + sigma_d^2 - log sigma_d^2 - 1 ]
     kl = 0.5 * (mu.pow(2) + logvar.exp() - logvar - 1).sum(1)               # (B,)
     return recon, kl
@@ -140,7 +140,7 @@ def train(model, train_images, val_images, epochs, batch_size, lr):
     list with a dict for each epoch. FloatingPointError if the loss is not finite.
 
     Adam with OneCycle: the learning rate rises from lr / 25 to lr in the first 30 % of all steps,
-    then falls almost to 0."""
+    then falls almost to 0. Adam's beta2 is 0.99 instead of 0.999, which learns faster here."""
     check_images(train_images)
     check_images(val_images)
     device = next(model.parameters()).device
@@ -182,8 +182,8 @@ def train(model, train_images, val_images, epochs, batch_size, lr):
 @torch.no_grad()
 def test(model, images, batch_size=1000):
     """The mean recon, kl and total of images (N, 1, 28, 28), and how many latents are active. Draws
-    one z for each image from q(z | x), as in training: with mu in its place, recon + kl would be no
-    bound. The KL always has weight 1."""
+    one z for each image from q(z | x), since the ELBO is a mean over such draws; with mu, the total
+    would be smaller, but no bound. The KL always has weight 1."""
     check_images(images)
     model.eval()
     device = next(model.parameters()).device
@@ -247,7 +247,7 @@ def draw_map(model, dataset, path):
     for z1 in middles.flip(0):                          # the largest z1 is in the top row
         z = torch.stack([middles, z1.expand(20)], dim=1)                    # (20, 2)
         images = model.decode(z.to(device))[:, 0].sigmoid().cpu()           # (20, 28, 28)
-        rows.append(torch.cat(tuple(images), dim=1))    # (28, 560): the images side by side
+        rows.append(torch.cat(list(images), dim=1))     # (28, 560): 20 images side by side
     right.imshow(torch.cat(rows).numpy(), cmap="gray", extent=(-3, 3, -3, 3))       # (560, 560)
     data.save_figure(figure, path)
 
