@@ -114,8 +114,7 @@ def importance_weighted_bound(model, images, labels, draws):
 
         -log p(x)  <=  -E[ log( 1/K sum_k w_k ) ],    w = p(x | z) p(z) / q(z | x),  z ~ q(z | x)
 
-    K = 1 is the negative ELBO. The mean of more weights varies less, so its log loses less (Jensen).
-    """
+    K = 1 is the negative ELBO. The mean of more weights varies less, so its log loses less."""
     mu, logvar = encode(model, images, labels)
     log_w = []
     for _ in range(draws):
