@@ -18,8 +18,9 @@ nothing, those that training found should be like any others.
 
     python beta_vae.py                  # three minutes on two CPU cores
 
-You should see (full data, seed 0), from beta = 0.25 to 16, recon rise from BETARECON nats on
-the test images and KL fall from BETAKL. BETAGAP
+You should see (full data, seed 0), from beta = 0.25 to 16, recon rise from 219.16 to 272.13 nats on
+the test images and KL fall from 23.43 to 2.82. The gap is hardly larger than that along random
+axes: 0.194 and 0.182 on average over the seven beta.
 Try: --betas 0 1 --epochs 3 --out try. With 0, nothing pulls z to the prior: how many latents are
 active, and what do they cost?
 """
@@ -277,7 +278,7 @@ def plot_tradeoff(sweep, path):
     of all that test() and analyse() found of it}."""
     figure = data.Figure((6, 4.2), dpi=110, layout="constrained")
     axes = figure.add_subplot(title="A small beta lets z tell more, so images are sharper",
-                              xlabel="KL, the rate, in nats", xmargin=0.2, ymargin=0.1,
+                              xlabel="KL, the rate, in nats", xmargin=0.25,
                               ylabel="recon, the distortion, in nats")
     axes.plot([found["kl"] for found in sweep.values()],
               [found["recon"] for found in sweep.values()], "o-")
