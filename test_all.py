@@ -1548,7 +1548,7 @@ evaluate |     torch.manual_seed(3)\n | | no_measurement_changes_another
 evaluate | randint(1, 10, | randint(0, 1, | perfect_and_obedient_model
 evaluate | meta.get("code") != code | False | names_what_another_version
 # one seed taken for no spread; spread over n seeds
-evaluate | return None\n | return 0.0\n | noise_is_the_pooled_spread
+evaluate | return None | return 0.0 | noise_is_the_pooled_spread
 evaluate | "std": stdev(values) | "std": stdev(values) * 0.9 | seeds_are_averaged
 """
 
