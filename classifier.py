@@ -16,7 +16,7 @@ twice or forget to.
 
 The classifier in assets/ (full data, seed 0, 18 epochs) is right for 95.12 % of the validation
 images and for 94.74 % of the test images.
-Try: --data sample --epochs 5, with and without the augmentation (--out try): what changes?
+Try: --data sample --epochs 5 --out try, with and without augment() in train(): what changes?
 """
 import hashlib
 import math

@@ -22,7 +22,7 @@ of p(x, y) over all y, it is at least p(x, y) = p(x | y) p(y). Hence
 
 You should see (full data, seed 0) a test total of about 231.95 nats: recon 219.57, an excess of
 29.71, and KL 12.38. With log 10 it is 234.25. `diff conv_vae.py cvae.py` shows where the label
-comes in; all else is that of section 3.
+comes in. (In elbo_terms, which is the same everywhere, read p(x | z, y) for p(x | z).)
 Try (with --out try): leave y out of the decoder, by `0 * label` in decode(). Then who has to tell
 which class it is?
 """
@@ -102,8 +102,8 @@ def elbo_terms(logits, x, mu, logvar):
     # The decoder says with which probability p_i = sigmoid(logit_i) pixel i is white, and so
     #     recon = -log p(x | z) = -sum_i [ x_i log p_i + (1 - x_i) log(1 - p_i) ]
     # if each x_i is 1 (white) or 0 (black). For our grey pixels we use the same formula: one of 0.4
-    # counts as 40 % white and 60 % black. This cost is no log-probability in the strict sense, but
-    # it is least where p = x, and the ELBO bounds it in the same way.
+    # counts as 40 % white and 60 % black. Then exp(-recon) is no normalised probability, and the
+    # loss bounds -log of the integral of exp(-recon) p(z) dz. We call that -log p(x) all the same.
     recon = torch.nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="none")
     recon = recon.flatten(1).sum(1)                                         # (B,)
     # For one latent, log q(z | x) = -1/2 [ (z - mu)^2 / sigma^2 + log sigma^2 + log 2 pi ], and
@@ -157,7 +157,7 @@ def train(model, train_images, train_labels, val_images, val_labels, epochs, bat
                                  fused=True)            # all weights at once: a sixth faster
     steps = epochs * math.ceil(len(train_images) / batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps,
-                                                   cycle_momentum=False)    # the rate only
+                                                   cycle_momentum=False)    # do not move beta1
     step = 0                                            # of all steps, in all epochs
     history, start = [], time.perf_counter()
     for epoch in range(1, epochs + 1):
@@ -195,8 +195,8 @@ def train(model, train_images, train_labels, val_images, val_labels, epochs, bat
 @torch.no_grad()
 def test(model, images, labels, batch_size=1000):
     """The mean recon, kl and total of images (N, 1, 28, 28), labels (N,), and how many latents are
-    active. Draws one z for each image from q(z | x, y), since the ELBO is a mean over such
-    draws; with mu, the total would be smaller, but no bound. The KL always has weight 1."""
+    active. Draws one z for each image from q(z | x, y), as E_q demands, and does not take mu. The
+    KL always has weight 1."""
     check_images(images)
     check_labels(labels, images)
     model.eval()
@@ -266,7 +266,7 @@ def load_model(path, device="cpu"):
 def main(argv=None, dataset=None):
     """Train, test, save, draw. argv: a list of flags, or None for those of the command line;
     dataset: what data.load() gave, or None to load it. Returns the path of the checkpoint."""
-    args = data.read_flags(flags(), argv)
+    args = data.read_flags(flags(), argv)               # and args.script, the name of this script
     dataset = dataset or data.load(args.data)
 
     torch.manual_seed(args.seed)

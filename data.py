@@ -64,7 +64,7 @@ def pixel_entropy(images):
 
 
 def split_indices(labels):
-    """Stratified split with a fixed seed: (train, val) indices, 500 images of each class in val."""
+    """A fixed random split: (train, val) indices, with 500 images of each class in val."""
     rng = np.random.RandomState(0)  # its stream is frozen: the same split in every numpy version
     val = [rng.permutation(np.flatnonzero(labels == c))[:500] for c in range(len(CLASSES))]
     val = np.sort(np.concatenate(val))
@@ -158,7 +158,7 @@ LIMITS = {"epochs": (1, 10_000), "batch_size": (1, 10_000), "latent_dim": (1, 10
           "lr": (1e-8, 10), "seed": (0, 2**32 - 1), "seeds": (0, 2**32 - 1), "betas": (0, 1e6),
           "warmup": (0, 1)}
 SETTINGS = ("epochs", "batch_size", "lr", "latent_dim", "warmup", "split")
-default_style = matplotlib.style.context("default")     # a decorator, against other matplotlibrcs
+default_style = matplotlib.style.context("default")     # a decorator: ignore any matplotlibrc
 
 
 def command(main):
@@ -207,7 +207,7 @@ def read_flags(parser, argv):
     settings, a dict of those flags that decide what is computed; and changes, those settings that
     are not the default, as they stand in the names of files."""
     if argv is None and sys.argv[0].endswith("kernel_launcher.py"):
-        argv = []                                       # main() in a notebook: its flags, not ours
+        argv = []                                       # in a notebook: sys.argv is of its kernel
     if argv is not None:
         argv = [str(word) for word in argv]
     args = parser.parse_args(argv)

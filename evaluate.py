@@ -4,7 +4,7 @@ Trains what is not trained yet, and measures everything on the same test images,
 no choice has seen. The images that a model draws are judged by a classifier (classifier.py):
 
     fid        how far drawn images are from real ones, as sets; see frechet_distance
-    control    the share of images in which the classifier recognises the class that was asked for
+    control    the share in which the classifier recognises the class asked for (or reconstructed)
     diversity  how varied the images of a class are; 1 is as varied as real ones
 
 Where does a bad image come from? We draw images from z of three sources, and the name of a number
@@ -14,8 +14,8 @@ no prior can be blamed (_swap: the same z, decoded as another class).
 
     python evaluate.py          # 17 minutes on two CPU cores; a second call only measures again
 
-You should see (full data, seed 0) totals that fall from MLP VAE over Conv VAE to CVAE (with log 10
-added), FIDs that fall from _prior over _ex_post to _decoded, and a control_prior of 86 %.
+You should see (full data, seed 0) a total that falls from MLP VAE to Conv VAE, FIDs of both that
+fall from _prior over _ex_post to _decoded, and a control_prior of the CVAE of 86 %.
 Try: --data sample --epochs 3 --out try. What limits the Conv VAE most: decoder, mixture or prior?
 """
 import json
@@ -75,12 +75,12 @@ def frechet_distance(features_a, features_b):
                                  f" and of at least {features.shape[1] + 1} images")
     a, b = features_a.double(), features_b.double()
     shift = a.mean(0) - b.mean(0)
-    cov_a, cov_b = torch.atleast_2d(a.T.cov()), torch.atleast_2d(b.T.cov())  # (D, D), over N - 1
+    cov_a, cov_b = torch.atleast_2d(a.T.cov()), torch.atleast_2d(b.T.cov())  # over N - 1
     # The trace of (S_a S_b)^1/2 is the sum of the roots of the eigenvalues of S_a S_b. X Y and Y X
     # always have the same eigenvalues; with X = S_a^1/2 and Y = S_a^1/2 S_b, these are those of the
     # symmetric S_a^1/2 S_b S_a^1/2. (Rounding may make a 0 slightly negative: hence the clamps.)
     values, vectors = torch.linalg.eigh(cov_a)
-    root_a = (vectors * values.clamp(min=0).sqrt()) @ vectors.T             # S_a^1/2
+    root_a = (vectors * values.clamp(min=0).sqrt()) @ vectors.T             # S_a^1/2: V diag V^T
     eigenvalues = torch.linalg.eigvalsh(root_a @ cov_b @ root_a).clamp(min=0)
     trace = cov_a.trace() + cov_b.trace() - 2 * eigenvalues.sqrt().sum()
     return max(0.0, (shift @ shift + trace).item())
@@ -114,7 +114,7 @@ def importance_weighted_bound(model, images, labels, draws):
 
         -log p(x)  <=  -E[ log( 1/K sum_k w_k ) ],    w = p(x | z) p(z) / q(z | x),  z ~ q(z | x)
 
-    K = 1 is the negative ELBO. The mean of more weights varies less, so its log loses less."""
+    K = 1 is the negative ELBO. With more weights, their mean varies less: Jensen loses less."""
     mu, logvar = encode(model, images, labels)
     log_w = []
     for _ in range(draws):
@@ -138,7 +138,7 @@ def log_joint(z, weights, means, factors):
     rows = []
     for weight, centre, factor in zip(weights, means, factors):
         u = torch.linalg.inv(factor) @ (columns - centre[:, None])          # (D, N)
-        log_det = factor.diagonal().log().sum()         # of a triangular matrix
+        log_det = factor.diagonal().log().sum()         # the product of a triangle's diagonal
         constant = len(centre) / 2 * math.log(2 * math.pi)
         rows.append(weight.log() - 0.5 * u.pow(2).sum(0) - log_det - constant)
     return torch.stack(rows)
@@ -160,7 +160,7 @@ def fit_gmm(z, components, iterations=100, ridge=1e-3):
         joint = log_joint(z, weights, means, torch.linalg.cholesky(covariances))
         responsibility = joint.softmax(dim=0)           # Bayes' rule: (K, N)
         # M step: fit each component anew to the points, weighted by its responsibility
-        counts = responsibility.sum(1).clamp(min=1e-6)                      # (K,)
+        counts = responsibility.sum(1).clamp(min=1e-6)  # (K,), never 0: we divide by it
         weights = counts / counts.sum()
         means = responsibility @ z / counts[:, None]
         for k in range(components):

@@ -35,7 +35,7 @@ You should see (full data, seed 0) a test total of about 235.94 nats: recon 221.
 31.95 over the entropy floor (the recon of a perfect decoder, see data.py), and KL 14.13. 9 of the
 20 latents are active: they differ from image to image. The others are not worth their price, and
 stay equal to the prior. The reconstructions have the right shape, but are blurred.
-Try: in elbo_terms, turn `recon.flatten(1).sum(1)` into `.mean(1)`, a common mistake, and run with
+Try: in elbo_terms, turn the `.sum(1)` of recon into `.mean(1)`, a common mistake, and run with
 --out try. The KL then weighs 784 times too much. What do the samples look like?
 """
 import math
@@ -105,8 +105,8 @@ def elbo_terms(logits, x, mu, logvar):
     # The decoder says with which probability p_i = sigmoid(logit_i) pixel i is white, and so
     #     recon = -log p(x | z) = -sum_i [ x_i log p_i + (1 - x_i) log(1 - p_i) ]
     # if each x_i is 1 (white) or 0 (black). For our grey pixels we use the same formula: one of 0.4
-    # counts as 40 % white and 60 % black. This cost is no log-probability in the strict sense, but
-    # it is least where p = x, and the ELBO bounds it in the same way.
+    # counts as 40 % white and 60 % black. Then exp(-recon) is no normalised probability, and the
+    # loss bounds -log of the integral of exp(-recon) p(z) dz. We call that -log p(x) all the same.
     recon = torch.nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="none")
     recon = recon.flatten(1).sum(1)                                         # (B,)
     # For one latent, log q(z | x) = -1/2 [ (z - mu)^2 / sigma^2 + log sigma^2 + log 2 pi ], and
@@ -149,7 +149,7 @@ def train(model, train_images, val_images, epochs, batch_size, lr):
                                  fused=True)            # all weights at once: a sixth faster
     steps = epochs * math.ceil(len(train_images) / batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps,
-                                                   cycle_momentum=False)    # the rate only
+                                                   cycle_momentum=False)    # do not move beta1
     history, start = [], time.perf_counter()
     for epoch in range(1, epochs + 1):
         model.train()
@@ -182,8 +182,8 @@ def train(model, train_images, val_images, epochs, batch_size, lr):
 @torch.no_grad()
 def test(model, images, batch_size=1000):
     """The mean recon, kl and total of images (N, 1, 28, 28), and how many latents are active. Draws
-    one z for each image from q(z | x), since the ELBO is a mean over such draws; with mu, the total
-    would be smaller, but no bound. The KL always has weight 1."""
+    one z for each image from q(z | x), as E_q demands, and does not take mu. The KL always has
+    weight 1."""
     check_images(images)
     model.eval()
     device = next(model.parameters()).device
@@ -275,7 +275,7 @@ def load_model(path, device="cpu"):
 def main(argv=None, dataset=None):
     """Train, test, save, draw. argv: a list of flags, or None for those of the command line;
     dataset: what data.load() gave, or None to load it. Returns the path of the checkpoint."""
-    args = data.read_flags(flags(), argv)
+    args = data.read_flags(flags(), argv)               # and args.script, the name of this script
     dataset = dataset or data.load(args.data)
 
     torch.manual_seed(args.seed)
