@@ -154,9 +154,8 @@ def unpack(raw, name, where):
 
 # ================================================================ helpers that are not the lesson
 
-LIMITS = {"epochs": (1, 10_000), "batch_size": (1, 10_000), "latent_dim": (1, 10_000),
-          "lr": (1e-8, 10), "seed": (0, 2**32 - 1), "seeds": (0, 2**32 - 1), "betas": (0, 1e6),
-          "warmup": (0, 1)}
+LIMITS = {"epochs": (1, 9999), "batch_size": (1, 9999), "latent_dim": (1, 9999), "lr": (1e-8, 10),
+          "seed": (0, 2**32 - 1), "seeds": (0, 2**32 - 1), "betas": (0, 1e6), "warmup": (0, 1)}
 SETTINGS = ("epochs", "batch_size", "lr", "latent_dim", "warmup", "split")
 default_style = matplotlib.style.context("default")     # a decorator: ignore any matplotlibrc
 
@@ -172,7 +171,8 @@ def command(main):
         except KeyboardInterrupt:
             message, code = "interrupted: this training is lost, finished models are kept", 130
         except BrokenPipeError:                         # as in `python vae.py | head`
-            os._exit(1)                                 # at once, without another message
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads the rest
+            sys.exit(1)
         except (UserError, FloatingPointError, OSError) as error:
             message, code = error, 2
         except (RuntimeError, MemoryError) as error:
