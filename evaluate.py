@@ -12,7 +12,7 @@ ends in its source: _prior, z from N(0, I); _ex_post, z from a mixture of Gaussi
 after the training, to the z of training images; _decoded, z of the test images themselves, so that
 no prior can be blamed (_swap: the same z, decoded as another class).
 
-    python evaluate.py          # 17 minutes on two CPU cores; a second call only measures again
+    python evaluate.py          # 19 minutes on two CPU cores; a second call only measures again
 
 You should see (full data, seed 0) a total that falls from MLP VAE to Conv VAE, FIDs of both that
 fall from _prior over _ex_post to _decoded, and a control_prior of the CVAE of 86 %.
