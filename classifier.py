@@ -143,7 +143,8 @@ def train(model, train_images, train_labels, val_images, val_labels, epochs, bat
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, nesterov=True,
                                 weight_decay=5e-4)
     steps = epochs * math.ceil(len(train_images) / batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps,
+                                                   cycle_momentum=False)    # leave it at 0.9
     best_accuracy, best_weights, start = -1.0, None, time.perf_counter()
     for epoch in range(1, epochs + 1):
         model.train()

@@ -139,7 +139,7 @@ def train(model, train_images, val_images, epochs, batch_size, lr, warmup=0.2):
     device = next(model.parameters()).device
     train_images, val_images = train_images.to(device), val_images.to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr, betas=(0.9, 0.99),
-                                 fused=True)            # all weights at once: a sixth faster
+                                 fused=True)            # all weights in one pass: faster
     steps = epochs * math.ceil(len(train_images) / batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps,
                                                    cycle_momentum=False)    # do not move beta1

@@ -78,13 +78,15 @@ def load(source="auto"):
         raise UserError(f"there is no data {source!r}: choose auto, full or sample")
     try:
         used = "sample" if source == "sample" else "full"
-        arrays = read_sample() if source == "sample" else read_full()
+        arrays = read_sample() if used == "sample" else read_full()
     except ConnectionError as error:
         if source == "full" or os.environ.get("FASHION_MNIST_DIR"):
             raise UserError(f"{error}: get a network, or set FASHION_MNIST_DIR to their folder")
         print("!" * 80, "!! NO DATA SET, NO NETWORK: using the embedded SAMPLE (8,000 images)",
               "!" * 80, sep="\n", file=sys.stderr)
         arrays, used = read_sample(), "sample"
+    except OSError as error:                            # of a file that is not there, or unreadable
+        raise UserError(f"{error}: put a readable file there")
     tensors = {"source": used}
     for split, (images, labels) in arrays.items():
         # / 255 and nothing else: the loss needs pixels in [0, 1]
@@ -193,7 +195,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, script, lesson):
         super().__init__(description=lesson, allow_abbrev=False, formatter_class=Help)
-        self.script = script
+        self.set_defaults(script=script)
         self.add_argument("--data", choices=("auto", "full", "sample"), default="auto",
                           help="full, the embedded sample, or auto: full if it can be had")
         self.add_argument("--out", type=Path, default="runs", help="folder for output")
@@ -203,14 +205,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def read_flags(parser, argv):
-    """The flags of main(argv), checked. Besides them: script (its name) and code (its text);
-    settings, a dict of those flags that decide what is computed; and changes, those settings that
-    are not the default, as they stand in the names of files."""
+    """The flags of main(argv), checked. Besides them: script, its name; code, its text; settings, a
+    dict of those flags that decide what is computed; and changes, those settings that are not the
+    default, as they stand in the names of files."""
     if argv is None and sys.argv[0].endswith("kernel_launcher.py"):
         argv = []                                       # in a notebook: sys.argv is of its kernel
-    if argv is not None:
-        argv = [str(word) for word in argv]
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv if argv is None else [str(word) for word in argv])
     for name, (low, high) in LIMITS.items():
         value = getattr(args, name, None)
         numbers = value if isinstance(value, list) else [value]
@@ -226,9 +226,8 @@ def read_flags(parser, argv):
     if "device" in args:
         args.device = pick_device(args.device)
 
-    script = HERE / f"{parser.script}.py"               # not there if it was pasted into a notebook
+    script = HERE / f"{args.script}.py"                 # not there if it was pasted into a notebook
     args.code = script.read_text(encoding="utf-8") if script.exists() else ""
-    args.script = parser.script
     args.settings = {name: value for name, value in vars(args).items() if name in SETTINGS}
     args.changes = "".join(f"-{name}{value}".replace("_", "-")
                          for name, value in args.settings.items()
