@@ -1039,7 +1039,7 @@ def test_a_wrong_file_is_named_and_never_replaced_by_the_sample(files, harm):
         victim.write_bytes({"truncated": content[:-20], "empty": b"", "other": b"PK\3\4" * 9,
                             "labels": files["t10k-labels-idx1-ubyte.gz"]}[harm])
     for source in ("auto", "full"):
-        with pytest.raises(ValueError, match="t10k-images.*(get it anew|put a readable file there)"):
+        with pytest.raises(ValueError, match="t10k-images.*(get it anew|put a readable file)"):
             data.load(source)
 
 
