@@ -10,7 +10,7 @@ distortion: Alemi et al. 2018, arXiv:1711.00464.) The network is that of section
 latents and 8 epochs, to be quick: its totals do not compare with those of section 2.
 
 What does each latent, each dimension of z, learn? Traversals show it (decode z while one latent
-moves), and so does the correlation of each latent with six attributes of the image, such as its
+moves), and so does the correlation of each latent with five attributes of the image, such as its
 width. It is often said that a large beta leads to disentanglement: each attribute gets a latent of
 its own. We measure that by the gap: the correlation of an attribute with its best latent minus that
 with the second best. But some gap arises along any axes. So we compare it with the gap of the same
@@ -33,7 +33,7 @@ import torch
 import data
 
 BETAS = [0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0]
-ATTRIBUTES = ["ink", "width", "height", "centre", "symmetry", "top"]
+ATTRIBUTES = ["ink", "width", "height", "symmetry", "top"]
 
 # ---------------------------------------------------------------- the model
 
@@ -192,29 +192,19 @@ def test(model, images, batch_size=1000):
 
 # ---------------------------------------------------------------- what the latents learned
 
-def extent(occupied):
-    """How many lines from the first occupied line to the last: (N, 28) bool -> (N,)."""
-    line = torch.arange(28)
-    # an empty line counts as 28 where the smallest number is sought, and as -1 for the largest
-    first = torch.where(occupied, line, 28).amin(dim=1)
-    last = torch.where(occupied, line, -1).amax(dim=1)
-    return (last - first + 1).clamp(min=0).float()      # 0 if no line is occupied
-
-
 def attributes(images):
-    """The six ATTRIBUTES of images (N, 1, 28, 28), as (N, 6): ink is the sum of all pixels; width
-    and height are those of the box around all pixels above 1/4; centre is the mean row of the ink;
-    symmetry is 1 if left mirrors right; top is the share of the ink in the upper half."""
+    """The five ATTRIBUTES of images (N, 1, 28, 28), as (N, 5): ink, the sum of all pixels; width
+    and height, in how many columns and rows there is a pixel above 1/4; symmetry, which is 1 if the
+    left half mirrors the right half; and top, the share of the ink in the upper half."""
     x = images[:, 0]                                    # (N, 28, 28): image, row, column
     ink = x.sum((1, 2)).clamp(min=1e-6)                 # never 0, because we divide by it
     bright = x > 0.25
-    width = extent(bright.any(dim=1))                   # which columns hold a bright pixel?
-    height = extent(bright.any(dim=2))                  # which rows do?
-    centre = (x.sum(2) * torch.arange(28)).sum(1) / ink
+    width = bright.any(dim=1).sum(1)                    # along a column, is any pixel bright?
+    height = bright.any(dim=2).sum(1)                   # and along a row?
     # the image minus its mirror image: at most 2 ink, where the two have no pixel in common
     symmetry = 1 - (x - x.flip(2)).abs().sum((1, 2)) / (2 * ink)
     top = x[:, :14].sum((1, 2)) / ink
-    return torch.stack([ink, width, height, centre, symmetry, top], dim=1)
+    return torch.stack([ink, width, height, symmetry, top], dim=1)
 
 
 def correlation(mu, values):
@@ -255,13 +245,13 @@ def rotated_gaps(mu, values, rotations=20):
 def analyse(model, images):
     """What the latents of a model learned, from images (N, 1, 28, 28), all on the CPU. A dict:
     kl_of_latents (D,), in nats; latents, the numbers of the active ones, the largest KL first;
-    correlations (active, 6), of these with the ATTRIBUTES; gap; rotated_gap, the mean gap of the
+    correlations (active, 5), of these with the ATTRIBUTES; gap; rotated_gap, the mean gap of the
     same mu after random rotations; and their difference."""
     mu, logvar = model.encode(images)                                       # (N, D)
     kl = 0.5 * (mu.pow(2) + logvar.exp() - logvar - 1).mean(0)              # (D,), over the images
     active = is_active(mu)                                                  # (D,)
     latents = [d for d in kl.argsort(descending=True).tolist() if active[d]]
-    values = attributes(images)                                             # (N, 6)
+    values = attributes(images)                                             # (N, 5)
     correlations = correlation(mu[:, latents], values)
     gaps = rotated_gaps(mu[:, latents], values) if latents else [0.0]
     own, rotated = gap(correlations), sum(gaps) / len(gaps)

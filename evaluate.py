@@ -51,6 +51,12 @@ def encode(model, images, labels):
     return model.encode(images, labels) if is_conditional(model) else model.encode(images)
 
 
+def draw_z(model, images, labels):
+    """A draw of z from q(z | x) for each image, (N, latent_dim)."""
+    mu, logvar = encode(model, images, labels)
+    return model.reparameterize(mu, logvar)
+
+
 @torch.no_grad()
 def decode(model, z, labels):
     """The logits (N, 1, 28, 28) of z (N, latent_dim), labels (N,)."""
@@ -145,10 +151,10 @@ def log_joint(z, weights, means, factors):
 
 
 def fit_gmm(z, components, iterations=100, ridge=1e-3):
-    """A mixture of Gaussians for z (N, D): weights (K,), means (K, D), Cholesky factors of the
-    covariances (K, D, D). EM (Bishop 2006, section 9.2.2) guesses in turn which component made each
-    point, and fits each component to its points. The ridge, added to the diagonals, lets even the
-    covariance of few points be inverted."""
+    """A mixture of K Gaussians for z (N, D): a tuple of weights (K,), means (K, D) and Cholesky
+    factors of the covariances (K, D, D). EM (Bishop 2006, section 9.2.2) guesses in turn which
+    component made each point, and fits each component to its points. The ridge, added to the
+    diagonals, lets even the covariance of few points be inverted."""
     if len(z) < max(2, components):
         raise data.UserError(f"{len(z)} points are too few for {components} Gaussians")
     added = ridge * torch.eye(z.shape[1], dtype=z.dtype)                    # (D, D)
@@ -170,8 +176,9 @@ def fit_gmm(z, components, iterations=100, ridge=1e-3):
     return weights, means, torch.linalg.cholesky(covariances)
 
 
-def sample_gmm(weights, means, factors, count):
+def sample_gmm(mixture, count):
     """Draws (count, D) from a mixture that fit_gmm fitted: choose a component, draw from it."""
+    weights, means, factors = mixture
     k = torch.multinomial(weights, count, replacement=True)                 # (count,)
     eps = torch.randn(count, means.shape[1], 1, dtype=means.dtype)          # (count, D, 1)
     return means[k] + (factors[k] @ eps).squeeze(2)                         # cov of L eps: L L^T
@@ -181,14 +188,14 @@ def sample_ex_post_prior(model, labels, dataset):
     """z from the ex-post prior (Ghosh et al. 2020, arXiv:1903.12436), (N, latent_dim). The z of
     real images leave some places of N(0, I) empty, and a z from there decodes badly. So fit a
     mixture to one z of each training image: 50 Gaussians or, if labels are told, one a class."""
-    real_z = model.reparameterize(*encode(model, dataset.train_images, dataset.train_labels)).cpu()
+    real_z = draw_z(model, dataset.train_images, dataset.train_labels).cpu()
     if not is_conditional(model):
-        return sample_gmm(*fit_gmm(real_z, components=50), len(labels))
+        return sample_gmm(fit_gmm(real_z, components=50), len(labels))
     z = torch.empty(len(labels), model.latent_dim)
     for c in labels.unique():
         # with a single Gaussian, all points belong to it, and the first iteration finds it
         gaussian = fit_gmm(real_z[dataset.train_labels == c], components=1, iterations=1)
-        z[labels == c] = sample_gmm(*gaussian, int((labels == c).sum()))
+        z[labels == c] = sample_gmm(gaussian, int((labels == c).sum()))
     return z
 
 
@@ -198,20 +205,22 @@ def look_at(source, model, z, labels, real):
     return classifier.look(real.resnet, decode(model, z, labels).sigmoid())
 
 
-def measure(script, model, meta, real):
-    """The numbers of every model: a dict, a row of the tables. Each measurement has a seed of its
-    own, so that none of them changes another."""
+def measure(script, model, meta, dataset, real):
+    """All numbers of one model: a dict, a row of the tables. Each measurement has its own seed, so
+    that none of them changes another."""
     beta = meta.get("beta")                             # None, except in section 4
-    asked = torch.arange(len(real.images)) % 10         # all classes equally often
     row = {"model": NAMES[script] if beta is None else f"{NAMES[script]} β={beta:g}", "beta": beta,
            "latent_dim": model.latent_dim, "params": sum(p.numel() for p in model.parameters()),
            "seconds": meta["metrics"]["seconds"]}
     torch.manual_seed(meta["seed"])                     # the seed of the script's own test
-    labels = [real.labels] if is_conditional(model) else []
-    row |= script.test(model, real.images, *labels)
+    if is_conditional(model):
+        row |= script.test(model, real.images, real.labels)
+    else:
+        row |= script.test(model, real.images)
     row["excess"] = row["recon"] - data.pixel_entropy(real.images).mean().item()
 
     torch.manual_seed(1)
+    asked = torch.arange(len(real.images)) % 10         # all classes equally often
     z = torch.randn(len(asked), model.latent_dim)
     features, seen = look_at("the prior", model, z, asked, real)
     row["fid_prior"] = frechet_distance(features, real.features)
@@ -221,20 +230,17 @@ def measure(script, model, meta, real):
         right, real_right = seen == asked, real.recognised == real.labels
         row["diversity_prior"] = diversity(features[right], asked[right],
                                            real.features[real_right], real.labels[real_right])
-    return row
+    if script is beta_vae:                              # the question of section 4 is another one
+        found = beta_vae.analyse(model.cpu(), real.images)
+        return row | {name: found[name] for name in ("gap", "rotated_gap", "difference")}
 
-
-def measure_sources(model, dataset, real):
-    """The numbers of all models but those of section 4: two more sources of z, a tighter bound."""
-    row, asked = {}, torch.arange(len(real.images)) % 10
     torch.manual_seed(2)
     z = sample_ex_post_prior(model, asked, dataset)
-    features, seen = look_at("the ex-post prior", model, z, asked, real)
+    features, _ = look_at("the ex-post prior", model, z, asked, real)
     row["fid_ex_post"] = frechet_distance(features, real.features)
-    if is_conditional(model):
-        row["control_ex_post"], _ = controllability(seen, asked)
+
     torch.manual_seed(3)
-    z = model.reparameterize(*encode(model, real.images, real.labels))
+    z = draw_z(model, real.images, real.labels)
     other = (real.labels + torch.randint(1, 10, (len(z),))) % 10            # never the same class
     features, seen = look_at("the z of real images", model, z, real.labels, real)
     row["fid_decoded"] = frechet_distance(features, real.features)
@@ -242,8 +248,9 @@ def measure_sources(model, dataset, real):
     if is_conditional(model):
         _, seen = look_at("the z of real images, in other classes", model, z, other, real)
         row["control_swap"], _ = controllability(seen, other)
-    print("measuring the importance-weighted bound", flush=True)
+
     torch.manual_seed(4)
+    print("measuring the importance-weighted bound", flush=True)
     row["iw_10"] = importance_weighted_bound(model, real.images, real.labels, draws=10)
     return row
 
@@ -252,8 +259,8 @@ def measure_sources(model, dataset, real):
 
 MAIN = ["model", "latent_dim", "active", "recon", "excess", "kl", "total", "iw_10"]
 IMAGES = ["model", "fid_prior", "fid_ex_post", "fid_decoded", "params", "seconds"]
-CONTROL = ["model", "control_prior", "control_ex_post", "control_decoded", "control_swap",
-           "worst_prior", "diversity_prior"]
+CONTROL = ["model", "control_prior", "worst_prior", "control_swap", "control_decoded",
+           "diversity_prior"]
 SWEEP = ["model", "active", "recon", "kl", "total", "fid_prior", "gap", "rotated_gap", "difference"]
 
 
@@ -268,7 +275,7 @@ def average(rows):
 
 
 def cell(key, value):
-    """The text of one number in a table."""
+    """The text of one number in a table: shares in percent, other fractions with two decimals."""
     if value is None:
         return "–"                                      # does not apply
     if isinstance(value, dict):
@@ -315,7 +322,7 @@ def draw_models(models, real, path):
     images, labels = real.images[first], real.labels[first]
     pictures, titles = [images], ["test images"]
     for name, (model, row) in models.items():
-        real_z = model.reparameterize(*encode(model, images, labels))
+        real_z = draw_z(model, images, labels)
         for z in (real_z, torch.randn(real_z.shape)):
             pictures.append(decode(model, z, labels).sigmoid().cpu())
         titles += [f"{name}, recon {row['recon']:.1f} nats", f"samples, FID {row['fid_prior']:.2f}"]
@@ -361,7 +368,7 @@ def main(argv=None):
         "fid of uniform noise": frechet_distance(real.features, uniform),
         "control of real images": controllability(real.recognised, labels)[0]}
     seeds = sorted(set(args.seeds))
-    rows, models, stale, gaps = {}, {}, [], []          # rows: {model: [a row for each seed]}
+    rows, models, stale = {}, {}, []                    # rows: {model: [a row for each seed]}
     for script in NAMES:
         for seed in seeds:
             paths, code = find_or_train(script, args, seed, dataset)
@@ -371,20 +378,12 @@ def main(argv=None):
                 if meta.get("code") != code:
                     stale.append(f"- {path} was trained by another version of {script.__name__}.py:"
                                  " if more than a comment changed, delete it and run again")
-                    print(stale[-1], flush=True)
-                row = measure(script, model, meta, real)
-                if script is beta_vae:
-                    found = beta_vae.analyse(model.cpu(), images)
-                    row |= {key: found[key] for key in ("gap", "rotated_gap", "difference")}
-                    gaps.append(found["difference"])
-                else:
-                    row |= measure_sources(model, dataset, real)
-                    models.setdefault(row["model"], (model, row))   # those of the first seed
+                row = measure(script, model, meta, dataset, real)
                 rows.setdefault(row["model"], []).append(row)
-    pooled = {"mean": mean(gaps), "std": stdev(gaps), "n": len(gaps)}
-    yardsticks["difference of all β-VAEs"] = pooled
-    results = {"data": dataset.source, "split": args.split, "n": len(images), "seeds": seeds,
-               "epochs": args.epochs, "device": str(args.device), "torch": str(torch.__version__),
+                if script is not beta_vae:
+                    models.setdefault(row["model"], (model, row))           # of the first seed
+    results = {"data": dataset.source, "split": args.split, "seeds": seeds, "epochs": args.epochs,
+               "device": str(args.device), "torch": str(torch.__version__),
                "date": time.strftime("%Y-%m-%d"), "floor": yardsticks["entropy floor"],
                "classifier_sha256": resnet_meta["sha256"], "yardsticks": yardsticks,
                "stale": stale, "rows": [average(of_seeds) for of_seeds in rows.values()]}
