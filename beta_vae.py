@@ -13,9 +13,9 @@ What does each latent, each dimension of z, learn? Traversals show it (decode z 
 moves), and so does the correlation of each latent with five attributes of the image, such as its
 width. It is often said that a large beta leads to disentanglement: each attribute gets a latent of
 its own. We measure that by the gap: the correlation of an attribute with its best latent minus that
-with the second best. But some gap arises along any axes. So we compare it with the gap of the same
-mu (each latent scaled to a standard deviation of 1) after a random rotation. If the axes of z mean
-nothing, those that training found should be like any others.
+with the second best. But along any axes, some gap arises by chance. So we also rotate mu at random,
+which mixes the latents: the same information, along other axes. (Each latent is first scaled to a
+standard deviation of 1.) Only a gap above that of rotated axes shows that the axes mean something.
 
     python beta_vae.py                  # three minutes on two CPU cores
 
@@ -37,15 +37,20 @@ ATTRIBUTES = ["ink", "width", "height", "symmetry", "top"]
 
 # ---------------------------------------------------------------- the model
 
-class Residual(torch.nn.Sequential):
+class Residual(torch.nn.Module):
     """x + F(x): F, the given layers, learns only a change (He et al. 2016, arXiv:1603.05027)."""
 
+    def __init__(self, *layers):
+        super().__init__()
+        self.F = torch.nn.Sequential(*layers)
+
     def forward(self, x):
-        return x + super().forward(x)                   # Sequential's forward is F
+        return x + self.F(x)
 
 
 class BetaVAE(torch.nn.Module):
-    """Images in [0, 1] -> logits, both (B, 1, 28, 28), through z (B, latent_dim). B: batch size."""
+    """Images in [0, 1] -> logits, both (B, 1, 28, 28), through z (B, latent_dim). B: batch size.
+    LayerNorm and Residual are not needed for a VAE, but lower the loss: see results/README.md."""
 
     def __init__(self, latent_dim=10, hidden=512):
         super().__init__()
@@ -66,8 +71,8 @@ class BetaVAE(torch.nn.Module):
         )
 
     def encode(self, x):
-        """q(z | x): x (B, 1, 28, 28) -> mu, logvar, each (B, latent_dim). logvar is log sigma^2,
-        because a network may put out any number, but sigma^2 must be positive."""
+        """q(z | x): x (B, 1, 28, 28) -> mu, logvar, each (B, latent_dim).
+        logvar is log sigma^2: a network may put out any number, but sigma^2 must be positive."""
         mu, logvar = self.encoder(x).chunk(2, dim=1)
         return mu, logvar
 
@@ -82,6 +87,8 @@ class BetaVAE(torch.nn.Module):
         return self.decoder(z)
 
     def forward(self, x):
+        """x (B, 1, 28, 28) -> logits (B, 1, 28, 28), mu, logvar, each (B, latent_dim).
+        One draw of z estimates the mean E_q. It is noisy, but a batch averages many of them."""
         mu, logvar = self.encode(x)
         z = self.reparameterize(mu, logvar)
         return self.decode(z), mu, logvar
@@ -95,8 +102,8 @@ def elbo_terms(logits, x, mu, logvar):
     # The decoder says with which probability p_i = sigmoid(logit_i) pixel i is white, and so
     #     recon = -log p(x | z) = -sum_i [ x_i log p_i + (1 - x_i) log(1 - p_i) ]
     # if each x_i is 1 (white) or 0 (black). For our grey pixels we use the same formula: one of 0.4
-    # counts as 40 % white and 60 % black. Then exp(-recon) is no normalised probability, and the
-    # loss bounds -log of the integral of exp(-recon) p(z) dz. We call that -log p(x) all the same.
+    # counts as 40 % white and 60 % black. Strictly, recon is then a loss and no log-probability;
+    # we still write -log p(x | z).
     recon = torch.nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="none")
     recon = recon.flatten(1).sum(1)                                         # (B,)
     # For one latent, log q(z | x) = -1/2 [ (z - mu)^2 / sigma^2 + log sigma^2 + log 2 pi ], and
@@ -114,7 +121,7 @@ def check_images(images):
     if images.shape[1:] != (1, 28, 28) or images.dtype != torch.float32 or len(images) == 0:
         raise ValueError(f"these images are {tuple(images.shape)} of {images.dtype}, but should be"
                          " (N, 1, 28, 28) of torch.float32")
-    if not 0 <= images.min() <= images.max() <= 1:
+    if not 0 <= images.min() <= images.max() <= 1:      # "not", so that NaN is refused, too
         raise ValueError("pixels must lie in [0, 1], since the loss is a binary cross-entropy")
 
 
@@ -126,15 +133,15 @@ def is_active(mu):
 
 
 def train(model, train_images, val_images, epochs, batch_size, lr, beta):
-    """Minimise recon + beta KL on train_images (N, 1, 28, 28) in [0, 1]. Returns the history, a
-    list with a dict for each epoch. FloatingPointError if the loss is not finite.
+    """Minimise recon + beta KL on train_images (N, 1, 28, 28) in [0, 1].
+    Returns the history, a dict for each epoch; FloatingPointError if the loss is not finite.
 
     Adam with OneCycle: the learning rate rises from lr / 25 to lr in the first 30 % of all steps,
-    then falls almost to 0. Adam's beta2 is 0.99 instead of 0.999, which learns faster here."""
+    then falls almost to 0. Adam's own beta2 is 0.99 instead of 0.999, which learns faster here."""
     check_images(train_images)
     check_images(val_images)
     device = next(model.parameters()).device
-    train_images, val_images = train_images.to(device), val_images.to(device)
+    train_images = train_images.to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr, betas=(0.9, 0.99),
                                  fused=True)            # all weights in one pass: faster
     steps = epochs * math.ceil(len(train_images) / batch_size)
@@ -171,9 +178,8 @@ def train(model, train_images, val_images, epochs, batch_size, lr, beta):
 
 @torch.no_grad()
 def test(model, images, batch_size=1000):
-    """The mean recon, kl and total of images (N, 1, 28, 28), and how many latents are active. Draws
-    one z for each image from q(z | x), as E_q demands, and does not take mu. The KL always has
-    weight 1."""
+    """The mean recon, kl and total of images (N, 1, 28, 28), and how many latents are active.
+    As in training, z is one draw from q(z | x), not mu. The KL always has weight 1."""
     check_images(images)
     model.eval()
     device = next(model.parameters()).device
@@ -201,7 +207,8 @@ def attributes(images):
     bright = x > 0.25
     width = bright.any(dim=1).sum(1)                    # along a column, is any pixel bright?
     height = bright.any(dim=2).sum(1)                   # and along a row?
-    # the image minus its mirror image: at most 2 ink, where the two have no pixel in common
+    # image minus mirror image, in absolute value: in sum 0 if they are equal, 2 ink if they share
+    # no pixel
     symmetry = 1 - (x - x.flip(2)).abs().sum((1, 2)) / (2 * ink)
     top = x[:, :14].sum((1, 2)) / ink
     return torch.stack([ink, width, height, symmetry, top], dim=1)
@@ -229,14 +236,15 @@ def gap(correlations):
 
 def rotated_gaps(mu, values, rotations=20):
     """The gaps of mu (N, D) and values (N, K) after random rotations of mu, as a list. Each latent
-    is first scaled to a standard deviation of 1, which changes no correlation; otherwise those with
-    the largest would dominate all rotated axes, and make their gaps small."""
+    is first scaled to a standard deviation of 1, which changes no correlation. Otherwise a latent
+    with a larger one would dominate all rotated axes, and make their gaps small."""
     scaled = mu / mu.std(dim=0)
     generator = torch.Generator().manual_seed(0)
     gaps = []
     for _ in range(rotations):
         gaussian = torch.randn(mu.shape[1], mu.shape[1], generator=generator)
-        rotation = torch.linalg.qr(gaussian).Q          # of a normal matrix: a random rotation
+        # Q is a random orthogonal matrix: it rotates, and may mirror, which |r| does not notice
+        rotation = torch.linalg.qr(gaussian).Q          # (D, D)
         gaps.append(gap(correlation(scaled @ rotation, values)))
     return gaps
 
@@ -282,11 +290,12 @@ def plot_tradeoff(sweep, path):
 def draw_traversals(sweep, image, path):
     """Decode the z of one image (1, 1, 28, 28) while one latent, a row, moves from -3 to 3; a
     panel for each beta."""
-    figure = data.Figure((3.4 * len(sweep), 5.6), dpi=110, layout="constrained")
+    figure = data.Figure((2.6 * len(sweep), 4.6), dpi=120, layout="constrained")
     figure.suptitle("One latent a row moves from -3 to 3. At the left: its KL, in nats")
     for i, (beta, found) in enumerate(sweep.items(), 1):
         mu, _ = found["model"].encode(image)            # (1, D)
-        kl, rows, titles = found["kl_of_latents"], [], []
+        kl = found["kl_of_latents"]                     # (D,)
+        rows, titles = [], []
         for d in kl.argsort(descending=True).tolist():  # what tells most comes first
             z = mu.repeat(5, 1)                         # (5, D)
             z[:, d] = torch.linspace(-3, 3, 5)
@@ -301,7 +310,7 @@ def draw_traversals(sweep, image, path):
 def draw_attributes(sweep, path):
     """The correlation of each active latent with each attribute; a matrix for each beta."""
     most = max(len(found["latents"]) for found in sweep.values())
-    figure = data.Figure((3.4 * len(sweep), 1.6 + 0.36 * most), dpi=110, layout="constrained")
+    figure = data.Figure((2.6 * len(sweep), 1.4 + 0.3 * most), dpi=120, layout="constrained")
     figure.suptitle("How strongly each active latent goes with each attribute: |correlation|")
     for i, (beta, found) in enumerate(sweep.items(), 1):
         axes = figure.add_subplot(1, len(sweep), i)

@@ -1,12 +1,12 @@
 """Section 3: a convolutional VAE, with KL warm-up and a larger latent space.
 
 The network of section 2 is not told which pixels are neighbours. Here an image is cut into a grid
-of 7 x 7 patches, each of 4 x 4 pixels, and a convolution looks at each patch together with its
-eight neighbours. Its 7 x 7 x 48 numbers go into the encoder of section 2, in place of the pixels;
-in the same way, another convolution follows the decoder. So there are twice as many weights. z has
-32 dimensions instead of 20, and the training is longer, with a lower learning rate. And the KL is
-warmed up (Bowman et al. 2016, arXiv:1511.06349, section 3.1; linearly, as in Sonderby et al. 2016,
-arXiv:1602.02282): its weight w grows from 0 to 1 in the first fifth of all steps,
+of 7 x 7 patches, each of 4 x 4 pixels. A convolution looks at each patch together with its eight
+neighbours, and describes it by 48 numbers. These 7 x 7 x 48 = 2352 numbers go into the encoder of
+section 2, in place of the 784 pixels; in the same way, another convolution follows the decoder. z
+has 32 dimensions instead of 20, and the training is longer, with a lower learning rate. And the KL
+is warmed up (Bowman et al. 2016, arXiv:1511.06349, section 3.1; linearly, as in Sonderby et al.
+2016, arXiv:1602.02282): its weight w grows from 0 to 1 in the first fifth of all steps,
 
     loss  =  recon  +  w * KL,        w  =  min(1, progress / warmup)
 
@@ -35,22 +35,25 @@ import data
 
 # ---------------------------------------------------------------- the model
 
-class Residual(torch.nn.Sequential):
+class Residual(torch.nn.Module):
     """x + F(x): F, the given layers, learns only a change (He et al. 2016, arXiv:1603.05027)."""
 
+    def __init__(self, *layers):
+        super().__init__()
+        self.F = torch.nn.Sequential(*layers)
+
     def forward(self, x):
-        return x + super().forward(x)                   # Sequential's forward is F
+        return x + self.F(x)
 
 
 class ConvVAE(torch.nn.Module):
     """Images in [0, 1] -> logits, both (B, 1, 28, 28), through z (B, latent_dim). B: batch size.
-    PixelUnshuffle puts the 16 pixels of a patch into 16 channels, and PixelShuffle back again."""
+    pixel_unshuffle puts the 16 pixels of a patch into 16 channels, PixelShuffle back again."""
 
     def __init__(self, latent_dim=32, hidden=512, channels=48):
         super().__init__()
         self.latent_dim = latent_dim
         self.encoder = torch.nn.Sequential(
-            torch.nn.PixelUnshuffle(4),                                     # (B, 16, 7, 7)
             torch.nn.Conv2d(16, channels, 3, padding=1), torch.nn.GELU(),   # (B, 48, 7, 7)
             torch.nn.Flatten(),                                             # (B, 2352)
             torch.nn.Linear(channels * 7 * 7, hidden),
@@ -69,9 +72,10 @@ class ConvVAE(torch.nn.Module):
         )
 
     def encode(self, x):
-        """q(z | x): x (B, 1, 28, 28) -> mu, logvar, each (B, latent_dim). logvar is log sigma^2,
-        because a network may put out any number, but sigma^2 must be positive."""
-        mu, logvar = self.encoder(x).chunk(2, dim=1)
+        """q(z | x): x (B, 1, 28, 28) -> mu, logvar, each (B, latent_dim).
+        logvar is log sigma^2: a network may put out any number, but sigma^2 must be positive."""
+        patches = torch.nn.functional.pixel_unshuffle(x, 4)                 # (B, 16, 7, 7)
+        mu, logvar = self.encoder(patches).chunk(2, dim=1)
         return mu, logvar
 
     def reparameterize(self, mu, logvar):
@@ -85,6 +89,8 @@ class ConvVAE(torch.nn.Module):
         return self.decoder(z)
 
     def forward(self, x):
+        """x (B, 1, 28, 28) -> logits (B, 1, 28, 28), mu, logvar, each (B, latent_dim).
+        One draw of z estimates the mean E_q. It is noisy, but a batch averages many of them."""
         mu, logvar = self.encode(x)
         z = self.reparameterize(mu, logvar)
         return self.decode(z), mu, logvar
@@ -98,8 +104,8 @@ def elbo_terms(logits, x, mu, logvar):
     # The decoder says with which probability p_i = sigmoid(logit_i) pixel i is white, and so
     #     recon = -log p(x | z) = -sum_i [ x_i log p_i + (1 - x_i) log(1 - p_i) ]
     # if each x_i is 1 (white) or 0 (black). For our grey pixels we use the same formula: one of 0.4
-    # counts as 40 % white and 60 % black. Then exp(-recon) is no normalised probability, and the
-    # loss bounds -log of the integral of exp(-recon) p(z) dz. We call that -log p(x) all the same.
+    # counts as 40 % white and 60 % black. Strictly, recon is then a loss and no log-probability;
+    # we still write -log p(x | z).
     recon = torch.nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="none")
     recon = recon.flatten(1).sum(1)                                         # (B,)
     # For one latent, log q(z | x) = -1/2 [ (z - mu)^2 / sigma^2 + log sigma^2 + log 2 pi ], and
@@ -117,7 +123,7 @@ def check_images(images):
     if images.shape[1:] != (1, 28, 28) or images.dtype != torch.float32 or len(images) == 0:
         raise ValueError(f"these images are {tuple(images.shape)} of {images.dtype}, but should be"
                          " (N, 1, 28, 28) of torch.float32")
-    if not 0 <= images.min() <= images.max() <= 1:
+    if not 0 <= images.min() <= images.max() <= 1:      # "not", so that NaN is refused, too
         raise ValueError("pixels must lie in [0, 1], since the loss is a binary cross-entropy")
 
 
@@ -128,16 +134,16 @@ def is_active(mu):
     return mu.var(dim=0) > 0.01
 
 
-def train(model, train_images, val_images, epochs, batch_size, lr, warmup=0.2):
-    """Minimise recon + w KL on train_images (N, 1, 28, 28) in [0, 1]. Returns the history, a
-    list with a dict for each epoch. FloatingPointError if the loss is not finite.
+def train(model, train_images, val_images, epochs, batch_size, lr, warmup):
+    """Minimise recon + w KL on train_images (N, 1, 28, 28) in [0, 1].
+    Returns the history, a dict for each epoch; FloatingPointError if the loss is not finite.
 
     Adam with OneCycle: the learning rate rises from lr / 25 to lr in the first 30 % of all steps,
-    then falls almost to 0. Adam's beta2 is 0.99 instead of 0.999, which learns faster here."""
+    then falls almost to 0. Adam's own beta2 is 0.99 instead of 0.999, which learns faster here."""
     check_images(train_images)
     check_images(val_images)
     device = next(model.parameters()).device
-    train_images, val_images = train_images.to(device), val_images.to(device)
+    train_images = train_images.to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr, betas=(0.9, 0.99),
                                  fused=True)            # all weights in one pass: faster
     steps = epochs * math.ceil(len(train_images) / batch_size)
@@ -178,9 +184,8 @@ def train(model, train_images, val_images, epochs, batch_size, lr, warmup=0.2):
 
 @torch.no_grad()
 def test(model, images, batch_size=1000):
-    """The mean recon, kl and total of images (N, 1, 28, 28), and how many latents are active. Draws
-    one z for each image from q(z | x), as E_q demands, and does not take mu. The KL always has
-    weight 1."""
+    """The mean recon, kl and total of images (N, 1, 28, 28), and how many latents are active.
+    As in training, z is one draw from q(z | x), not mu. The KL always has weight 1."""
     check_images(images)
     model.eval()
     device = next(model.parameters()).device
@@ -206,7 +211,7 @@ def draw_pictures(model, dataset, history, stem):
     first, names = data.one_of_each_class(dataset.test_labels)
     x = dataset.test_images[first].to(device)           # (10, 1, 28, 28)
     logits, _, _ = model(x)
-    both = torch.stack([x, logits.sigmoid()])           # (2, 10, 1, 28, 28)
+    both = torch.stack([x, logits.sigmoid()])           # (2, 10, 1, 28, 28): p, not a draw of x
     data.image_grid(both, f"{stem}-reconstructions.png",
                     "Test images and their reconstructions", ("original", "decoded z"), names)
     z = torch.randn(80, model.latent_dim, device=device)

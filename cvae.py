@@ -35,16 +35,20 @@ import data
 
 # ---------------------------------------------------------------- the model
 
-class Residual(torch.nn.Sequential):
+class Residual(torch.nn.Module):
     """x + F(x): F, the given layers, learns only a change (He et al. 2016, arXiv:1603.05027)."""
 
+    def __init__(self, *layers):
+        super().__init__()
+        self.F = torch.nn.Sequential(*layers)
+
     def forward(self, x):
-        return x + super().forward(x)                   # Sequential's forward is F
+        return x + self.F(x)
 
 
 class CVAE(torch.nn.Module):
     """Images in [0, 1] (B, 1, 28, 28), labels (B,) -> logits (B, 1, 28, 28). B: batch size.
-    PixelUnshuffle puts the 16 pixels of a patch into 16 channels, and PixelShuffle back again."""
+    pixel_unshuffle puts the 16 pixels of a patch into 16 channels, PixelShuffle back again."""
 
     def __init__(self, latent_dim=32, hidden=512, channels=48):
         super().__init__()
@@ -68,8 +72,8 @@ class CVAE(torch.nn.Module):
         )
 
     def encode(self, x, y):
-        """q(z | x, y): x (B, 1, 28, 28), y (B,) -> mu, logvar, each (B, latent_dim). logvar is log
-        sigma^2, because a network may put out any number, but sigma^2 must be positive."""
+        """q(z | x, y): x (B, 1, 28, 28), y (B,) -> mu, logvar, each (B, latent_dim).
+        logvar is log sigma^2: a network may put out any number, but sigma^2 must be positive."""
         patches = torch.nn.functional.pixel_unshuffle(x, 4)                 # (B, 16, 7, 7)
         label = torch.nn.functional.one_hot(y, 10).to(x.dtype)              # (B, 10)
         # each of the ten numbers becomes a plane: (B, 10, 1, 1), repeated over the 7 x 7 patches
@@ -89,6 +93,8 @@ class CVAE(torch.nn.Module):
         return self.decoder(torch.cat([z, label], dim=1))
 
     def forward(self, x, y):
+        """x (B, 1, 28, 28), y (B,) -> logits (B, 1, 28, 28), mu, logvar, each (B, latent_dim).
+        One draw of z estimates the mean E_q. It is noisy, but a batch averages many of them."""
         mu, logvar = self.encode(x, y)
         z = self.reparameterize(mu, logvar)
         return self.decode(z, y), mu, logvar
@@ -102,8 +108,8 @@ def elbo_terms(logits, x, mu, logvar):
     # The decoder says with which probability p_i = sigmoid(logit_i) pixel i is white, and so
     #     recon = -log p(x | z) = -sum_i [ x_i log p_i + (1 - x_i) log(1 - p_i) ]
     # if each x_i is 1 (white) or 0 (black). For our grey pixels we use the same formula: one of 0.4
-    # counts as 40 % white and 60 % black. Then exp(-recon) is no normalised probability, and the
-    # loss bounds -log of the integral of exp(-recon) p(z) dz. We call that -log p(x) all the same.
+    # counts as 40 % white and 60 % black. Strictly, recon is then a loss and no log-probability;
+    # we still write -log p(x | z).
     recon = torch.nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="none")
     recon = recon.flatten(1).sum(1)                                         # (B,)
     # For one latent, log q(z | x) = -1/2 [ (z - mu)^2 / sigma^2 + log sigma^2 + log 2 pi ], and
@@ -121,7 +127,7 @@ def check_images(images):
     if images.shape[1:] != (1, 28, 28) or images.dtype != torch.float32 or len(images) == 0:
         raise ValueError(f"these images are {tuple(images.shape)} of {images.dtype}, but should be"
                          " (N, 1, 28, 28) of torch.float32")
-    if not 0 <= images.min() <= images.max() <= 1:
+    if not 0 <= images.min() <= images.max() <= 1:      # "not", so that NaN is refused, too
         raise ValueError("pixels must lie in [0, 1], since the loss is a binary cross-entropy")
 
 
@@ -140,18 +146,18 @@ def is_active(mu):
 
 
 def train(model, train_images, train_labels, val_images, val_labels, epochs, batch_size, lr,
-          warmup=0.2):
-    """Minimise recon + w KL on train_images (N, 1, 28, 28) in [0, 1], train_labels (N,). Returns
-    the history, a list with a dict for each epoch. FloatingPointError if the loss is not finite.
+          warmup):
+    """Minimise recon + w KL on train_images (N, 1, 28, 28) in [0, 1], train_labels (N,).
+    Returns the history, a dict for each epoch; FloatingPointError if the loss is not finite.
 
     Adam with OneCycle: the learning rate rises from lr / 25 to lr in the first 30 % of all steps,
-    then falls almost to 0. Adam's beta2 is 0.99 instead of 0.999, which learns faster here."""
+    then falls almost to 0. Adam's own beta2 is 0.99 instead of 0.999, which learns faster here."""
     check_images(train_images)
     check_images(val_images)
     check_labels(train_labels, train_images)
     check_labels(val_labels, val_images)
     device = next(model.parameters()).device
-    train_images, val_images = train_images.to(device), val_images.to(device)
+    train_images = train_images.to(device)
     train_labels = train_labels.to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr, betas=(0.9, 0.99),
                                  fused=True)            # all weights in one pass: faster
@@ -194,9 +200,8 @@ def train(model, train_images, train_labels, val_images, val_labels, epochs, bat
 
 @torch.no_grad()
 def test(model, images, labels, batch_size=1000):
-    """The mean recon, kl and total of images (N, 1, 28, 28), labels (N,), and how many latents are
-    active. Draws one z for each image from q(z | x, y), as E_q demands, and does not take mu. The
-    KL always has weight 1."""
+    """The mean recon, kl and total of images (N, 1, 28, 28), labels (N,), and how many are active.
+    As in training, z is one draw from q(z | x, y), not mu. The KL always has weight 1."""
     check_images(images)
     check_labels(labels, images)
     model.eval()
@@ -225,18 +230,20 @@ def draw_pictures(model, dataset, history, stem):
     x = dataset.test_images[first].to(device)           # (10, 1, 28, 28)
     y = dataset.test_labels[first].to(device)           # (10,)
     logits, mu, _ = model(x, y)
-    both = torch.stack([x, logits.sigmoid()])           # (2, 10, 1, 28, 28)
+    both = torch.stack([x, logits.sigmoid()])           # (2, 10, 1, 28, 28): p, not a draw of x
     data.image_grid(both, f"{stem}-reconstructions.png",
                     "Test images and their reconstructions", ("original", "decoded z"), names)
     classes = torch.arange(10, device=device)
-    z = torch.randn(8, model.latent_dim, device=device).repeat_interleave(10, dim=0)
+    z = torch.randn(8, model.latent_dim, device=device)
+    z = z.repeat_interleave(10, dim=0)                  # (80, latent_dim): each z ten times
     samples = model.decode(z, classes.repeat(8)).sigmoid()                  # (80, 1, 28, 28)
     data.image_grid(samples.view(8, 10, 28, 28), f"{stem}-samples.png",
                     "Each row: one z from N(0, I). Each column: one class", columns=data.CLASSES)
-    z = mu.repeat_interleave(10, dim=0)                 # in each row the style of one real image
-    swaps = model.decode(z, classes.repeat(len(x))).sigmoid().view(-1, 10, 28, 28)
-    # x (10, 1, 28, 28) and swaps (10, 10, 28, 28): the real image is the first of eleven columns
-    data.image_grid(torch.cat([x, swaps], dim=1), f"{stem}-swaps.png",
+    z = mu.repeat_interleave(10, dim=0)                 # (100, latent_dim): each style ten times
+    swaps = model.decode(z, classes.repeat(len(x))).sigmoid()               # (100, 1, 28, 28)
+    # the real image is the first of eleven columns: (10, 1, 28, 28) beside (10, 10, 28, 28)
+    rows = torch.cat([x, swaps.view(-1, 10, 28, 28)], dim=1)                # (10, 11, 28, 28)
+    data.image_grid(rows, f"{stem}-swaps.png",
                     "A real image, its style in every class", names, ("real", *data.CLASSES))
     data.plot_curves(history, f"{stem}-curves.png")
 

@@ -60,7 +60,8 @@ class UserError(ValueError):
 def pixel_entropy(images):
     """BCE(x, x), the least that any prediction can cost: (B, ...) -> (B,) nats per image."""
     x = images.flatten(1)
-    return -(torch.xlogy(x, x) + torch.xlogy(1 - x, 1 - x)).sum(1)      # a log b; 0 where a is 0
+    # xlogy(a, b) is a log b, and 0 where a is 0
+    return -(torch.xlogy(x, x) + torch.xlogy(1 - x, 1 - x)).sum(1)
 
 
 def split_indices(labels):
@@ -131,7 +132,7 @@ def download(name, folder):
         try:
             with urllib.request.urlopen(url, timeout=10) as reply:
                 raw = reply.read()
-            unpack(raw, name, "the reply")
+            unpack(raw, name, "the reply")              # an error unless it is what we want
         except Exception as error:  # whatever a network can do means the same: the next mirror
             print(f"no luck: {error}", file=sys.stderr)
         else:
@@ -159,7 +160,8 @@ def unpack(raw, name, where):
 LIMITS = {"epochs": (1, 9999), "batch_size": (1, 9999), "latent_dim": (1, 9999), "lr": (1e-8, 10),
           "seed": (0, 2**32 - 1), "seeds": (0, 2**32 - 1), "betas": (0, 1e6), "warmup": (0, 1)}
 SETTINGS = ("epochs", "batch_size", "lr", "latent_dim", "warmup", "split")
-default_style = matplotlib.style.context("default")     # a decorator: ignore any matplotlibrc
+# @default_style above a function: it draws in matplotlib's default style, whatever the user's is
+default_style = matplotlib.style.context("default")
 
 
 def command(main):
@@ -173,8 +175,7 @@ def command(main):
         except KeyboardInterrupt:
             message, code = "interrupted: this training is lost, finished models are kept", 130
         except BrokenPipeError:                         # as in `python vae.py | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads the rest
-            sys.exit(1)
+            os._exit(1)                                 # at once: nobody reads the rest
         except (UserError, FloatingPointError, OSError) as error:
             message, code = error, 2
         except (RuntimeError, MemoryError) as error:
@@ -216,12 +217,10 @@ def read_flags(parser, argv):
         numbers = value if isinstance(value, list) else [value]
         if value is not None and not all(low <= number <= high for number in numbers):
             raise UserError(f"--{name}: choose a number from {low} to {high}".replace("_", "-"))
-    if torch.get_default_dtype() != torch.float32:
-        raise UserError("call torch.set_default_dtype(torch.float32) first: images have it")
-    try:                                                # better now than after the training
-        args.out = args.out.expanduser()
+    try:                                                # can we write there? Better asked now
+        args.out = args.out.expanduser()                # than after the training
         write_file(args.out / "probe", b"").unlink(missing_ok=True)
-    except (ValueError, RuntimeError) as error:         # not writable, a zero byte, ~nobody
+    except (ValueError, RuntimeError) as error:         # whatever is wrong with that folder
         raise UserError(f"--out: {error}")
     if "device" in args:
         args.device = pick_device(args.device)
@@ -258,8 +257,8 @@ def print_test(metrics, dataset, latent_dim):
     """What test() found in the test images, with the excess over the entropy floor."""
     excess = metrics["recon"] - pixel_entropy(dataset.test_images).mean().item()
     print(f"test ({dataset.source}): recon {metrics['recon']:.2f} (excess {excess:.2f}),"
-          f" KL {metrics['kl']:.2f}, total {metrics['total']:.2f} nats per image;"
-          f" {metrics['active']} of {latent_dim} latents active; {metrics['seconds']:.0f} s")
+          f" KL {metrics['kl']:.2f}, total {metrics['total']:.2f} nats per image")
+    print(f"{metrics['active']} of {latent_dim} latents active; {metrics['seconds']:.0f} seconds")
 
 
 def run_path(name, args, source):
@@ -332,8 +331,9 @@ def draw_grid(axes, images, title="", rows=(), columns=()):
     if not 0 <= images.min() <= images.max() <= 1:
         raise UserError("pixels must lie in [0, 1] to be drawn: take the sigmoid of logits first")
     images = images.detach().cpu().reshape(n_rows, n_columns, 28, 28)
-    framed = torch.nn.functional.pad(images, (1, 1, 1, 1), value=1.0)       # white seams
-    canvas = framed.transpose(1, 2).reshape(n_rows * 30, n_columns * 30)    # from (R, 30, C, 30)
+    framed = torch.nn.functional.pad(images, (1, 1, 1, 1), value=1.0)       # (R, C, 30, 30)
+    lines = framed.transpose(1, 2)                      # (R, 30, C, 30): row, line, column, pixel
+    canvas = lines.reshape(30 * n_rows, 30 * n_columns)
     axes.imshow(canvas.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axes.set_title(title)
     axes.set_yticks([30 * i + 15 for i in range(len(rows))], rows)

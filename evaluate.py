@@ -1,21 +1,20 @@
 """Section 6: the protocol. Every model measured by the same rules, side by side.
 
-Trains what is not trained yet, and measures everything on the same test images, which no model and
-no choice has seen. The images that a model draws are judged by a classifier (classifier.py):
+Trains what is not trained yet, and measures everything on the same test images. No model was
+trained on them, and no setting was chosen by them. A classifier (classifier.py) judges the images:
 
     fid        how far drawn images are from real ones, as sets; see frechet_distance
     control    the share in which the classifier recognises the class asked for (or reconstructed)
     diversity  how varied the images of a class are; 1 is as varied as real ones
 
-Where does a bad image come from? We draw images from z of three sources, and the name of a number
-ends in its source: _prior, z from N(0, I); _ex_post, z from a mixture of Gaussians that was fitted,
-after the training, to the z of training images; _decoded, z of the test images themselves, so that
-no prior can be blamed (_swap: the same z, decoded as another class).
+Where does a bad image come from? We decode z of three sources, and the name of a number ends in its
+source: _prior, z from N(0, I); _ex_post, z from a mixture of Gaussians fitted, after the training,
+to the z of training images; _decoded, z of the test images (_swap: decoded as another class).
 
     python evaluate.py          # 19 minutes on two CPU cores; a second call only measures again
 
-You should see (full data, seed 0) a total that falls from MLP VAE to Conv VAE, FIDs of both that
-fall from _prior over _ex_post to _decoded, and a control_prior of the CVAE of 86 %.
+You should see (full data, seed 0) that the Conv VAE has a smaller total than the MLP VAE, that for
+both fid_prior > fid_ex_post > fid_decoded, and a control_prior of the CVAE of 86 %.
 Try: --data sample --epochs 3 --out try. What limits the Conv VAE most: decoder, mixture or prior?
 """
 import json
@@ -80,26 +79,22 @@ def frechet_distance(features_a, features_b):
             raise data.UserError(f"features of shape {tuple(features.shape)}: they must be finite,"
                                  f" and of at least {features.shape[1] + 1} images")
     a, b = features_a.double(), features_b.double()
-    shift = a.mean(0) - b.mean(0)
-    cov_a, cov_b = torch.atleast_2d(a.T.cov()), torch.atleast_2d(b.T.cov())  # over N - 1
-    # The trace of (S_a S_b)^1/2 is the sum of the roots of the eigenvalues of S_a S_b. X Y and Y X
-    # always have the same eigenvalues; with X = S_a^1/2 and Y = S_a^1/2 S_b, these are those of the
-    # symmetric S_a^1/2 S_b S_a^1/2. (Rounding may make a 0 slightly negative: hence the clamps.)
-    values, vectors = torch.linalg.eigh(cov_a)
-    root_a = (vectors * values.clamp(min=0).sqrt()) @ vectors.T             # S_a^1/2: V diag V^T
-    eigenvalues = torch.linalg.eigvalsh(root_a @ cov_b @ root_a).clamp(min=0)
+    mean_a, mean_b = a.mean(0), b.mean(0)                                   # (D,)
+    cov_a = (a - mean_a).T @ (a - mean_a) / (len(a) - 1)                    # (D, D)
+    cov_b = (b - mean_b).T @ (b - mean_b) / (len(b) - 1)
+    # A trace is the sum of the eigenvalues, and a root has the roots of the eigenvalues. Those of a
+    # product of two covariances are real and never negative, but for rounding.
+    eigenvalues = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0)     # (D,)
     trace = cov_a.trace() + cov_b.trace() - 2 * eigenvalues.sqrt().sum()
-    return max(0.0, (shift @ shift + trace).item())
+    return max(0.0, ((mean_a - mean_b).pow(2).sum() + trace).item())
 
 
 def controllability(recognised, asked):
-    """The share of images in which the classifier recognises the class that was asked for, in all
-    and in the class where it is smallest. Both (N,). For real images this is the accuracy."""
+    """The share of images in which the classifier recognises the class that was asked for. Both are
+    (N,). For real images this is the accuracy of the classifier."""
     if recognised.shape != asked.shape:
         raise data.UserError("give one recognised and one asked class for each image, both (N,)")
-    hits = (recognised == asked).double()
-    worst = min(hits[asked == c].mean().item() for c in asked.unique())
-    return hits.mean().item(), worst
+    return (recognised == asked).double().mean().item()
 
 
 def diversity(features, labels, real_features, real_labels):
@@ -114,13 +109,12 @@ def diversity(features, labels, real_features, real_labels):
 
 
 def importance_weighted_bound(model, images, labels, draws):
-    """An upper bound on -log p(x) (of a CVAE: -log p(x | y)) in nats from the importance weights w
-    of K draws of z (Burda et al. 2016, arXiv:1509.00519, eq. 8), averaged over images
-    (N, 1, 28, 28), labels (N,):
+    """An upper bound on -log p(x) (of a CVAE: -log p(x | y)), in nats, averaged over images, from
+    the importance weights w of K draws of z (Burda et al. 2016, arXiv:1509.00519, eq. 8):
 
         -log p(x)  <=  -E[ log( 1/K sum_k w_k ) ],    w = p(x | z) p(z) / q(z | x),  z ~ q(z | x)
 
-    K = 1 is the negative ELBO. With more weights, their mean varies less: Jensen loses less."""
+    K = 1 is the negative ELBO. The mean of more weights varies less, and the bound is tighter."""
     mu, logvar = encode(model, images, labels)
     log_w = []
     for _ in range(draws):
@@ -140,7 +134,7 @@ def log_joint(z, weights, means, factors):
 
         log N(z | m, S)  =  -1/2 |u|^2  -  log det L  -  D/2 log 2 pi
     """
-    columns = z.T.contiguous()                          # (D, N)
+    columns = z.T.contiguous()                          # (D, N), in an order that is faster
     rows = []
     for weight, centre, factor in zip(weights, means, factors):
         u = torch.linalg.inv(factor) @ (columns - centre[:, None])          # (D, N)
@@ -151,20 +145,20 @@ def log_joint(z, weights, means, factors):
 
 
 def fit_gmm(z, components, iterations=100, ridge=1e-3):
-    """A mixture of K Gaussians for z (N, D): a tuple of weights (K,), means (K, D) and Cholesky
-    factors of the covariances (K, D, D). EM (Bishop 2006, section 9.2.2) guesses in turn which
-    component made each point, and fits each component to its points. The ridge, added to the
-    diagonals, lets even the covariance of few points be inverted."""
+    """A mixture of K Gaussians for z (N, D): weights (K,), means (K, D) and Cholesky factors of the
+    covariances (K, D, D). EM (Bishop 2006, section 9.2.2) guesses in turn which component made each
+    point, and fits each component to its points. The ridge keeps covariances invertible."""
     if len(z) < max(2, components):
         raise data.UserError(f"{len(z)} points are too few for {components} Gaussians")
     added = ridge * torch.eye(z.shape[1], dtype=z.dtype)                    # (D, D)
-    cov = torch.atleast_2d(z.T.cov()) + added           # each component starts as wide as all z
+    # each component starts at one of the points, and as wide as all z
     weights = torch.full((components,), 1 / components, dtype=z.dtype)
-    means, covariances = z[torch.randperm(len(z))[:components]], cov.repeat(components, 1, 1)
+    means = z[torch.randperm(len(z))[:components]]
+    covariances = (z.var(0).diag() + added).repeat(components, 1, 1)
     for _ in range(iterations):
         # E step: how likely is it that component k made point n? Its responsibility
-        joint = log_joint(z, weights, means, torch.linalg.cholesky(covariances))
-        responsibility = joint.softmax(dim=0)           # Bayes' rule: (K, N)
+        logs = log_joint(z, weights, means, torch.linalg.cholesky(covariances))
+        responsibility = logs.softmax(dim=0)            # (K, N); Bayes' rule: exp, over its sum
         # M step: fit each component anew to the points, weighted by its responsibility
         counts = responsibility.sum(1).clamp(min=1e-6)  # (K,), never 0: we divide by it
         weights = counts / counts.sum()
@@ -185,9 +179,9 @@ def sample_gmm(mixture, count):
 
 
 def sample_ex_post_prior(model, labels, dataset):
-    """z from the ex-post prior (Ghosh et al. 2020, arXiv:1903.12436), (N, latent_dim). The z of
-    real images leave some places of N(0, I) empty, and a z from there decodes badly. So fit a
-    mixture to one z of each training image: 50 Gaussians or, if labels are told, one a class."""
+    """z (N, latent_dim) from the ex-post prior (Ghosh et al. 2020, arXiv:1903.12436): a mixture of
+    Gaussians, fitted to one z of each training image: 50 or, if labels are told, one a class. It
+    leaves out those places of N(0, I) where no real images lie."""
     real_z = draw_z(model, dataset.train_images, dataset.train_labels).cpu()
     if not is_conditional(model):
         return sample_gmm(fit_gmm(real_z, components=50), len(labels))
@@ -206,8 +200,7 @@ def look_at(source, model, z, labels, real):
 
 
 def measure(script, model, meta, dataset, real):
-    """All numbers of one model: a dict, a row of the tables. Each measurement has its own seed, so
-    that none of them changes another."""
+    """All numbers of one model, as a dict. Each has its own seed, so that none changes another."""
     beta = meta.get("beta")                             # None, except in section 4
     row = {"model": NAMES[script] if beta is None else f"{NAMES[script]} β={beta:g}", "beta": beta,
            "latent_dim": model.latent_dim, "params": sum(p.numel() for p in model.parameters()),
@@ -220,36 +213,35 @@ def measure(script, model, meta, dataset, real):
     row["excess"] = row["recon"] - data.pixel_entropy(real.images).mean().item()
 
     torch.manual_seed(1)
-    asked = torch.arange(len(real.images)) % 10         # all classes equally often
+    asked = real.labels                                 # all classes equally often
     z = torch.randn(len(asked), model.latent_dim)
     features, seen = look_at("the prior", model, z, asked, real)
     row["fid_prior"] = frechet_distance(features, real.features)
     if is_conditional(model):
-        row["control_prior"], row["worst_prior"] = controllability(seen, asked)
+        row["control_prior"] = controllability(seen, asked)
         # of recognised images only, since wrong classes would count as variety
-        right, real_right = seen == asked, real.recognised == real.labels
+        right = seen == asked
+        real_right = real.recognised == real.labels
         row["diversity_prior"] = diversity(features[right], asked[right],
                                            real.features[real_right], real.labels[real_right])
     if script is beta_vae:                              # the question of section 4 is another one
         found = beta_vae.analyse(model.cpu(), real.images)
-        return row | {name: found[name] for name in ("gap", "rotated_gap", "difference")}
-
+        return row | {"gap": found["gap"], "difference": found["difference"]}
     torch.manual_seed(2)
     z = sample_ex_post_prior(model, asked, dataset)
     features, _ = look_at("the ex-post prior", model, z, asked, real)
     row["fid_ex_post"] = frechet_distance(features, real.features)
-
     torch.manual_seed(3)
     z = draw_z(model, real.images, real.labels)
-    other = (real.labels + torch.randint(1, 10, (len(z),))) % 10            # never the same class
     features, seen = look_at("the z of real images", model, z, real.labels, real)
     row["fid_decoded"] = frechet_distance(features, real.features)
-    row["control_decoded"], _ = controllability(seen, real.labels)
+    row["control_decoded"] = controllability(seen, real.labels)
     if is_conditional(model):
+        torch.manual_seed(4)
+        other = (real.labels + torch.randint(1, 10, (len(z),))) % 10        # never the same class
         _, seen = look_at("the z of real images, in other classes", model, z, other, real)
-        row["control_swap"], _ = controllability(seen, other)
-
-    torch.manual_seed(4)
+        row["control_swap"] = controllability(seen, other)
+    torch.manual_seed(5)
     print("measuring the importance-weighted bound", flush=True)
     row["iw_10"] = importance_weighted_bound(model, real.images, real.labels, draws=10)
     return row
@@ -257,20 +249,24 @@ def measure(script, model, meta, dataset, real):
 
 # ---------------------------------------------------------------- the tables
 
-MAIN = ["model", "latent_dim", "active", "recon", "excess", "kl", "total", "iw_10"]
-IMAGES = ["model", "fid_prior", "fid_ex_post", "fid_decoded", "params", "seconds"]
-CONTROL = ["model", "control_prior", "worst_prior", "control_swap", "control_decoded",
-           "diversity_prior"]
-SWEEP = ["model", "active", "recon", "kl", "total", "fid_prior", "gap", "rotated_gap", "difference"]
+SIZE = ["model", "latent_dim", "params", "seconds"]
+MAIN = ["model", "active", "recon", "excess", "kl", "total", "iw_10"]
+IMAGES = ["model", "fid_prior", "fid_ex_post", "fid_decoded"]
+CONTROL = ["model", "control_prior", "control_swap", "control_decoded", "diversity_prior"]
+SWEEP = ["model", "active", "recon", "kl", "total", "fid_prior", "gap", "difference"]
+
+
+def spread(values):
+    """Mean and standard deviation (over n - 1) of a list of numbers."""
+    return {"mean": mean(values), "std": stdev(values), "n": len(values)}
 
 
 def average(rows):
-    """The rows of one model under several seeds as one, with {"mean", "std" (n - 1), "n"}."""
+    """The rows of one model under several seeds as one row."""
     averaged = dict(rows[0])
     for key in rows[0]:
-        values = [row[key] for row in rows]
         if len(rows) > 1 and key not in ("model", "beta", "latent_dim", "params"):
-            averaged[key] = {"mean": mean(values), "std": stdev(values), "n": len(values)}
+            averaged[key] = spread([row[key] for row in rows])
     return averaged
 
 
@@ -281,13 +277,13 @@ def cell(key, value):
     if isinstance(value, dict):
         return f"{cell(key, float(value['mean']))}±{cell(key, float(value['std']))}"
     if isinstance(value, float):
-        return f"{value:.1%}" if key.startswith(("control", "worst")) else f"{value:.2f}"
+        return f"{value:.1%}" if key.startswith("control") else f"{value:.2f}"
     return f"{value:,}" if isinstance(value, int) else value
 
 
 def noise(rows, key):
-    """By how much two equally good trainings may differ by chance: twice the standard deviation of
-    their difference, which is sqrt(2) s; s is the std over seeds, pooled over the rows."""
+    """By how much two equally good trainings may differ by chance. If their standard deviation is s
+    (over seeds, pooled over the rows), that of their difference is sqrt(2) s; we take it twice."""
     variances = [row[key]["std"] ** 2 for row in rows if isinstance(row.get(key), dict)]
     if not variances:
         return None                                     # unknown from one seed
@@ -309,7 +305,7 @@ def report(results):
     lines = [", ".join(f"{name} {results[name]}" for name in ("data", "split", "seeds", "date"))]
     main_rows = [row for row in results["rows"] if row["beta"] is None]
     sweep = [row for row in results["rows"] if row["beta"] is not None]
-    for columns in (MAIN, IMAGES, CONTROL, SWEEP):
+    for columns in (MAIN, IMAGES, CONTROL, SWEEP, SIZE):
         lines += ["", *table(sweep if columns is SWEEP else main_rows, columns)]
     yardsticks = [f"- {name}: {cell(name, x)}" for name, x in results["yardsticks"].items()]
     return [*lines, "", *yardsticks, *results["stale"]]
@@ -322,11 +318,12 @@ def draw_models(models, real, path):
     images, labels = real.images[first], real.labels[first]
     pictures, titles = [images], ["test images"]
     for name, (model, row) in models.items():
-        real_z = draw_z(model, images, labels)
-        for z in (real_z, torch.randn(real_z.shape)):
-            pictures.append(decode(model, z, labels).sigmoid().cpu())
-        titles += [f"{name}, recon {row['recon']:.1f} nats", f"samples, FID {row['fid_prior']:.2f}"]
-    data.image_grid(torch.cat(pictures).view(len(pictures), len(first), 28, 28), path,
+        z = draw_z(model, images, labels)
+        pictures.append(decode(model, z, labels).sigmoid().cpu())
+        titles.append(f"{name}, recon {row['recon']:.1f} nats")
+        pictures.append(decode(model, torch.randn(z.shape), labels).sigmoid().cpu())
+        titles.append(f"samples, FID {row['fid_prior']:.2f}")
+    data.image_grid(torch.stack(pictures), path,        # (R, 10, 1, 28, 28)
                     "Of each model: reconstructions, and samples from N(0, I)", titles, classes)
 
 
@@ -336,7 +333,7 @@ def find_or_train(script, args, seed, dataset):
     epochs = args.epochs or script.flags().get_default("epochs")
     argv = ["--data", dataset.source, "--seed", seed, "--epochs", epochs, "--device", args.device,
             "--out", args.out]
-    wanted = data.read_flags(script.flags(), argv)
+    wanted = data.read_flags(script.flags(), argv)      # of which we need the names of the files
     ends = [f"-beta{beta}" for beta in beta_vae.BETAS] if script is beta_vae else [""]
     paths = [data.run_path(wanted.script + end, wanted, dataset.source) for end in ends]
     if not all(path.exists() for path in paths):
@@ -355,18 +352,19 @@ def main(argv=None):
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     args = data.read_flags(parser, argv)
     dataset = data.load(args.data)
-    resnet, resnet_meta = classifier.load_pretrained(args.device)
+    resnet, _ = classifier.load_pretrained(args.device)
     images = getattr(dataset, f"{args.split}_images")
     labels = getattr(dataset, f"{args.split}_labels")
     print("measuring the real images", flush=True)
-    real = Real(images, labels, resnet, *classifier.look(resnet, images))
+    features, recognised = classifier.look(resnet, images)
+    real = Real(images, labels, resnet, features, recognised)
     torch.manual_seed(0)
     uniform, _ = classifier.look(resnet, torch.rand_like(images))
     yardsticks = {
         "entropy floor": data.pixel_entropy(images).mean().item(),
         "fid of halves of the images": frechet_distance(real.features[::2], real.features[1::2]),
         "fid of uniform noise": frechet_distance(real.features, uniform),
-        "control of real images": controllability(real.recognised, labels)[0]}
+        "control of real images": controllability(real.recognised, labels)}
     seeds = sorted(set(args.seeds))
     rows, models, stale = {}, {}, []                    # rows: {model: [a row for each seed]}
     for script in NAMES:
@@ -378,17 +376,20 @@ def main(argv=None):
                 if meta.get("code") != code:
                     stale.append(f"- {path} was trained by another version of {script.__name__}.py:"
                                  " if more than a comment changed, delete it and run again")
+                    print(stale[-1], flush=True)
                 row = measure(script, model, meta, dataset, real)
                 rows.setdefault(row["model"], []).append(row)
                 if script is not beta_vae:
                     models.setdefault(row["model"], (model, row))           # of the first seed
+    sweep = [row for of_seeds in rows.values() for row in of_seeds if "difference" in row]
+    yardsticks["difference of all β-VAEs"] = spread([row["difference"] for row in sweep])
     results = {"data": dataset.source, "split": args.split, "seeds": seeds, "epochs": args.epochs,
                "device": str(args.device), "torch": str(torch.__version__),
                "date": time.strftime("%Y-%m-%d"), "floor": yardsticks["entropy floor"],
-               "classifier_sha256": resnet_meta["sha256"], "yardsticks": yardsticks,
-               "stale": stale, "rows": [average(of_seeds) for of_seeds in rows.values()]}
-    numbers = "-".join(map(str, seeds))
-    path = args.out / f"results-{dataset.source}-seeds{numbers}{args.changes}.json"
+               "yardsticks": yardsticks, "stale": stale,
+               "rows": [average(of_seeds) for of_seeds in rows.values()]}
+    name = f"results-{dataset.source}-seeds{'-'.join(map(str, seeds))}"
+    path = args.out / f"{name}{args.changes}.json"
     data.write_file(path, json.dumps(results, indent=1).encode())
     print("", *report(results), f"-> {path}", sep="\n")
     draw_models(models, real, path.with_suffix(".png"))

@@ -23,9 +23,9 @@ only if both are equal. We train both networks to make the ELBO large, or its ne
     loss  =  -ELBO  =  E_q[ -log p(x | z) ]  +  KL( q(z | x) || N(0, I) )
                               recon                      KL
 
-recon tells how badly the decoder redraws the image from the z that the encoder gives. The KL keeps
-q(z | x) near N(0, I), so that later we can draw z from N(0, I) and decode it to a new image. Both
-are in nats (units of the natural logarithm) per image: summed over pixels and over latents,
+recon tells how badly the decoder reconstructs the image from a z that the encoder proposes. The KL
+keeps q(z | x) near N(0, I), so that later we can draw z from N(0, I) and decode it to a new image.
+Both are in nats (units of the natural logarithm) per image: summed over pixels and over latents,
 averaged over images.
 
     python vae.py                       # one minute on two CPU cores
@@ -33,8 +33,8 @@ averaged over images.
 
 You should see (full data, seed 0) a test total of about 235.94 nats: recon 221.80, an excess of
 31.95 over the entropy floor (the recon of a perfect decoder, see data.py), and KL 14.13. 9 of the
-20 latents are active: they differ from image to image. The others are not worth their price, and
-stay equal to the prior. The reconstructions have the right shape, but are blurred.
+20 latents are active: they differ from image to image. The others would lower recon by less than
+their KL, so their q(z | x) stays N(0, 1). Reconstructions have the right shape, but are blurred.
 Try: in elbo_terms, turn the `.sum(1)` of recon into `.mean(1)`, a common mistake, and run with
 --out try. The KL then weighs 784 times too much. What do the samples look like?
 """
@@ -47,15 +47,20 @@ import data
 
 # ---------------------------------------------------------------- the model
 
-class Residual(torch.nn.Sequential):
+class Residual(torch.nn.Module):
     """x + F(x): F, the given layers, learns only a change (He et al. 2016, arXiv:1603.05027)."""
 
+    def __init__(self, *layers):
+        super().__init__()
+        self.F = torch.nn.Sequential(*layers)
+
     def forward(self, x):
-        return x + super().forward(x)                   # Sequential's forward is F
+        return x + self.F(x)
 
 
 class VAE(torch.nn.Module):
-    """Images in [0, 1] -> logits, both (B, 1, 28, 28), through z (B, latent_dim). B: batch size."""
+    """Images in [0, 1] -> logits, both (B, 1, 28, 28), through z (B, latent_dim). B: batch size.
+    LayerNorm and Residual are not needed for a VAE, but lower the loss: see results/README.md."""
 
     def __init__(self, latent_dim=20, hidden=512):
         super().__init__()
@@ -76,8 +81,8 @@ class VAE(torch.nn.Module):
         )
 
     def encode(self, x):
-        """q(z | x): x (B, 1, 28, 28) -> mu, logvar, each (B, latent_dim). logvar is log sigma^2,
-        because a network may put out any number, but sigma^2 must be positive."""
+        """q(z | x): x (B, 1, 28, 28) -> mu, logvar, each (B, latent_dim).
+        logvar is log sigma^2: a network may put out any number, but sigma^2 must be positive."""
         mu, logvar = self.encoder(x).chunk(2, dim=1)
         return mu, logvar
 
@@ -92,6 +97,8 @@ class VAE(torch.nn.Module):
         return self.decoder(z)
 
     def forward(self, x):
+        """x (B, 1, 28, 28) -> logits (B, 1, 28, 28), mu, logvar, each (B, latent_dim).
+        One draw of z estimates the mean E_q. It is noisy, but a batch averages many of them."""
         mu, logvar = self.encode(x)
         z = self.reparameterize(mu, logvar)
         return self.decode(z), mu, logvar
@@ -105,8 +112,8 @@ def elbo_terms(logits, x, mu, logvar):
     # The decoder says with which probability p_i = sigmoid(logit_i) pixel i is white, and so
     #     recon = -log p(x | z) = -sum_i [ x_i log p_i + (1 - x_i) log(1 - p_i) ]
     # if each x_i is 1 (white) or 0 (black). For our grey pixels we use the same formula: one of 0.4
-    # counts as 40 % white and 60 % black. Then exp(-recon) is no normalised probability, and the
-    # loss bounds -log of the integral of exp(-recon) p(z) dz. We call that -log p(x) all the same.
+    # counts as 40 % white and 60 % black. Strictly, recon is then a loss and no log-probability;
+    # we still write -log p(x | z).
     recon = torch.nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="none")
     recon = recon.flatten(1).sum(1)                                         # (B,)
     # For one latent, log q(z | x) = -1/2 [ (z - mu)^2 / sigma^2 + log sigma^2 + log 2 pi ], and
@@ -124,7 +131,7 @@ def check_images(images):
     if images.shape[1:] != (1, 28, 28) or images.dtype != torch.float32 or len(images) == 0:
         raise ValueError(f"these images are {tuple(images.shape)} of {images.dtype}, but should be"
                          " (N, 1, 28, 28) of torch.float32")
-    if not 0 <= images.min() <= images.max() <= 1:
+    if not 0 <= images.min() <= images.max() <= 1:      # "not", so that NaN is refused, too
         raise ValueError("pixels must lie in [0, 1], since the loss is a binary cross-entropy")
 
 
@@ -136,15 +143,15 @@ def is_active(mu):
 
 
 def train(model, train_images, val_images, epochs, batch_size, lr):
-    """Minimise the negative ELBO on train_images (N, 1, 28, 28) in [0, 1]. Returns the history, a
-    list with a dict for each epoch. FloatingPointError if the loss is not finite.
+    """Minimise the negative ELBO on train_images (N, 1, 28, 28) in [0, 1].
+    Returns the history, a dict for each epoch; FloatingPointError if the loss is not finite.
 
     Adam with OneCycle: the learning rate rises from lr / 25 to lr in the first 30 % of all steps,
-    then falls almost to 0. Adam's beta2 is 0.99 instead of 0.999, which learns faster here."""
+    then falls almost to 0. Adam's own beta2 is 0.99 instead of 0.999, which learns faster here."""
     check_images(train_images)
     check_images(val_images)
     device = next(model.parameters()).device
-    train_images, val_images = train_images.to(device), val_images.to(device)
+    train_images = train_images.to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr, betas=(0.9, 0.99),
                                  fused=True)            # all weights in one pass: faster
     steps = epochs * math.ceil(len(train_images) / batch_size)
@@ -181,9 +188,8 @@ def train(model, train_images, val_images, epochs, batch_size, lr):
 
 @torch.no_grad()
 def test(model, images, batch_size=1000):
-    """The mean recon, kl and total of images (N, 1, 28, 28), and how many latents are active. Draws
-    one z for each image from q(z | x), as E_q demands, and does not take mu. The KL always has
-    weight 1."""
+    """The mean recon, kl and total of images (N, 1, 28, 28), and how many latents are active.
+    As in training, z is one draw from q(z | x), not mu. The KL always has weight 1."""
     check_images(images)
     model.eval()
     device = next(model.parameters()).device
@@ -209,7 +215,7 @@ def draw_pictures(model, dataset, history, stem):
     first, names = data.one_of_each_class(dataset.test_labels)
     x = dataset.test_images[first].to(device)           # (10, 1, 28, 28)
     logits, _, _ = model(x)
-    both = torch.stack([x, logits.sigmoid()])           # (2, 10, 1, 28, 28)
+    both = torch.stack([x, logits.sigmoid()])           # (2, 10, 1, 28, 28): p, not a draw of x
     data.image_grid(both, f"{stem}-reconstructions.png",
                     "Test images and their reconstructions", ("original", "decoded z"), names)
     z = torch.randn(80, model.latent_dim, device=device)
@@ -224,7 +230,7 @@ def draw_pictures(model, dataset, history, stem):
 def draw_map(model, dataset, path):
     """The map of a latent space with two dimensions (after Kingma & Welling, figure 4). Left: where
     the encoder puts the test images, their mu; and as black ellipses the q(z | x) of ten of them,
-    two sigma around mu. Right: what the decoder draws at each place."""
+    two sigma around mu. Right: the images that the decoder gives for each place."""
     device = next(model.parameters()).device
     mu, logvar = model.encode(dataset.test_images.to(device))               # (N, 2) each
     mu, sigma = mu.cpu(), torch.exp(0.5 * logvar).cpu()
