@@ -120,7 +120,7 @@ def check_images(images):
     """ValueError unless images are (N, 1, 28, 28), float32, in [0, 1], as the loss needs them."""
     if images.shape[1:] != (1, 28, 28) or images.dtype != torch.float32 or len(images) == 0:
         raise ValueError(f"these images are {tuple(images.shape)} of {images.dtype}, but should be"
-                         " (N, 1, 28, 28) of torch.float32")
+                         " (N, 1, 28, 28) of torch.float32, with N > 0")
     if not 0 <= images.min() <= images.max() <= 1:      # "not", so that NaN is refused, too
         raise ValueError("pixels must lie in [0, 1], since the loss is a binary cross-entropy")
 
@@ -238,7 +238,7 @@ def rotated_gaps(mu, values, rotations=20):
     """The gaps of mu (N, D) and values (N, K) after random rotations of mu, as a list. Each latent
     is first scaled to a standard deviation of 1, which changes no correlation. Otherwise a latent
     with a larger one would dominate all rotated axes, and make their gaps small."""
-    scaled = mu / mu.std(dim=0)
+    scaled = mu / mu.std(dim=0).clamp(min=1e-6)         # never by 0
     generator = torch.Generator().manual_seed(0)
     gaps = []
     for _ in range(rotations):
@@ -369,10 +369,10 @@ def main(argv=None, dataset=None):
         torch.manual_seed(args.seed)                    # so that evaluate.py can repeat this test
         metrics = test(model, dataset.test_images)
         metrics["seconds"] = time.perf_counter() - start
+        data.print_test(metrics, dataset, args.latent_dim)
 
         path = data.run_path(f"{args.script}-beta{beta}", args, dataset.source)
         data.save_checkpoint(path, args, dataset.source, metrics, model.state_dict(), beta=beta)
-        data.print_test(metrics, dataset, args.latent_dim)
         print(f"-> {path}")
         paths.append(path)
         model = model.cpu()

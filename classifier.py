@@ -80,16 +80,21 @@ class FashionResNet18(nn.Module):
 
 # ---------------------------------------------------------------- what the classifier sees
 
-@torch.no_grad()
-def look(resnet, images):
-    """Raw images (N, 1, 28, 28) -> (features (N, 256), recognised classes (N,)), on the CPU.
-    UserError for another shape, NaN, or values outside [0, 1] (normalised images, or logits)."""
-    if images.dim() != 4 or images.shape[1:] != (1, 28, 28):
-        raise data.UserError(f"images have shape {tuple(images.shape)}: reshape to (N, 1, 28, 28)")
+def check_images(images):
+    """UserError unless images are (N, 1, 28, 28), float32, and raw: not normalised, no logits."""
+    if images.shape[1:] != (1, 28, 28) or images.dtype != torch.float32 or len(images) == 0:
+        raise data.UserError(f"images are {tuple(images.shape)} of {images.dtype}, but should be"
+                             " (N, 1, 28, 28) of torch.float32, with N > 0")
     low, high = images.min().item(), images.max().item()
-    if not 0 <= low <= high <= 1:
+    if not 0 <= low <= high <= 1:                       # "not", so that NaN is refused, too
         raise data.UserError(f"images range from {low} to {high}: the classifier takes raw images"
                              " in [0, 1]; take the sigmoid of logits, and do not normalise")
+
+
+@torch.no_grad()
+def look(resnet, images):
+    """Raw images (N, 1, 28, 28) -> (features (N, 256), recognised classes (N,)), on the CPU."""
+    check_images(images)
     resnet.eval()
     device = next(resnet.parameters()).device
     # batches of 100, because larger ones were slower on the CPU
@@ -135,8 +140,9 @@ def train(model, train_images, train_labels, val_images, val_labels, epochs, bat
     (N,). Returns the best accuracy on the validation images; the model then has the weights of that
     epoch. generator: of all random numbers. FloatingPointError if the loss is not finite."""
     for images, labels in ((train_images, train_labels), (val_images, val_labels)):
-        if labels.shape != (len(images),):
-            raise ValueError("give one label for each image, in a tensor of shape (N,)")
+        check_images(images)
+        if labels.shape != (len(images),) or not 0 <= labels.min() <= labels.max() <= 9:
+            raise ValueError("give one label from 0 to 9 for each image, in a tensor (N,)")
     device = next(model.parameters()).device
     train_images, train_labels = train_images.to(device), train_labels.to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, nesterov=True,

@@ -126,16 +126,18 @@ def check_images(images):
     """ValueError unless images are (N, 1, 28, 28), float32, in [0, 1], as the loss needs them."""
     if images.shape[1:] != (1, 28, 28) or images.dtype != torch.float32 or len(images) == 0:
         raise ValueError(f"these images are {tuple(images.shape)} of {images.dtype}, but should be"
-                         " (N, 1, 28, 28) of torch.float32")
+                         " (N, 1, 28, 28) of torch.float32, with N > 0")
     if not 0 <= images.min() <= images.max() <= 1:      # "not", so that NaN is refused, too
         raise ValueError("pixels must lie in [0, 1], since the loss is a binary cross-entropy")
 
 
 def check_labels(labels, images):
-    """ValueError unless there is one label, a whole number, for each image."""
+    """ValueError unless there is one label, a whole number from 0 to 9, for each image."""
     if labels.shape != (len(images),) or labels.dtype != torch.int64:
         raise ValueError(f"these labels are {tuple(labels.shape)} of {labels.dtype}, but should be"
                          f" ({len(images)},) of torch.int64: one for each image")
+    if not 0 <= labels.min() <= labels.max() <= 9:
+        raise ValueError("labels must be 0 to 9: the network has an input for each of ten classes")
 
 
 def is_active(mu):
@@ -286,13 +288,13 @@ def main(argv=None, dataset=None):
     torch.manual_seed(args.seed)                        # so that evaluate.py can repeat this test
     metrics = test(model, dataset.test_images, dataset.test_labels)
     metrics["seconds"] = time.perf_counter() - start
+    data.print_test(metrics, dataset, args.latent_dim)
+    print(f"total + log 10 = {metrics['total'] + math.log(10):.2f}, to compare with a VAE")
 
     path = data.run_path(args.script, args, dataset.source)
     data.save_checkpoint(path, args, dataset.source, metrics, model.state_dict())
     stem = path.with_suffix("")
     draw_pictures(model, dataset, history, stem)
-    data.print_test(metrics, dataset, args.latent_dim)
-    print(f"total + log 10 = {metrics['total'] + math.log(10):.2f}, to compare with a VAE")
     print(f"-> {path} and the pictures {stem}-*.png")
     return path
 

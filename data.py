@@ -60,8 +60,7 @@ class UserError(ValueError):
 def pixel_entropy(images):
     """BCE(x, x), the least that any prediction can cost: (B, ...) -> (B,) nats per image."""
     x = images.flatten(1)
-    # xlogy(a, b) is a log b, and 0 where a is 0
-    return -(torch.xlogy(x, x) + torch.xlogy(1 - x, 1 - x)).sum(1)
+    return -(torch.xlogy(x, x) + torch.xlogy(1 - x, 1 - x)).sum(1)      # xlogy: 0 log 0 is 0
 
 
 def split_indices(labels):
@@ -111,7 +110,7 @@ def read_full():
     """The full data set like read_sample(), from $FASHION_MNIST_DIR if that is set, else FOLDERS.
     What is missing is downloaded; ConnectionError if that cannot be."""
     own = os.environ.get("FASHION_MNIST_DIR")
-    folders = [Path(own).expanduser()] if own else FOLDERS
+    folders = [Path(os.path.expanduser(own))] if own else FOLDERS
     arrays = []
     for name in FILES:
         places = [folder / f"{name}{end}" for folder in folders for end in (".gz", "")]
@@ -173,7 +172,7 @@ def command(main):
         try:
             return main(*args, **more)
         except KeyboardInterrupt:
-            message, code = "interrupted: this training is lost, finished models are kept", 130
+            message, code = "interrupted: what was saved is kept, the rest is lost", 130
         except BrokenPipeError:                         # as in `python vae.py | head`
             os._exit(1)                                 # at once: nobody reads the rest
         except (UserError, FloatingPointError, OSError) as error:
@@ -181,7 +180,7 @@ def command(main):
         except (RuntimeError, MemoryError) as error:
             if "memory" not in repr(error).lower():     # repr, since MemoryError has no text
                 raise
-            message, code = "out of memory: choose a smaller --batch-size or --latent-dim", 2
+            message, code = "out of memory: close other programs, or choose smaller flags", 2
         print(f"error: {message}".replace("\n", " "), file=sys.stderr)
         sys.exit(code)
     return wrapped
@@ -219,7 +218,7 @@ def read_flags(parser, argv):
             raise UserError(f"--{name}: choose a number from {low} to {high}".replace("_", "-"))
     try:                                                # can we write there? Better asked now
         args.out = args.out.expanduser()                # than after the training
-        write_file(args.out / "probe", b"").unlink(missing_ok=True)
+        write_file(args.out / f"probe-{os.getpid()}", b"").unlink(missing_ok=True)
     except (ValueError, RuntimeError) as error:         # whatever is wrong with that folder
         raise UserError(f"--out: {error}")
     if "device" in args:
@@ -297,7 +296,7 @@ def load_model(path, script, make, device):
     try:
         meta = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # absent, damaged, or no checkpoint, in whatever way
-        raise UserError(f"{path}: not usable ({error!s:.80}); restore it, or rerun {script}.py")
+        raise UserError(f"{path}: not usable ({error!r:.80}); restore it, or rerun {script}.py")
     if not isinstance(meta, dict) or meta.get("script") != script:
         raise UserError(f"{path}: not a checkpoint that {script}.py saved")
     try:
@@ -307,12 +306,12 @@ def load_model(path, script, make, device):
         raise UserError(f"{path}: not the weights of this model; train it again ({error!s:.300})")
     if not all(weights.isfinite().all() for weights in model.state_dict().values()):
         raise UserError(f"{path}: some weights are not finite; train the model again")
-    return model.eval().to(device), meta
+    return model.eval().to(pick_device(device)), meta
 
 
 def save_figure(figure, path):
     """Write a matplotlib figure, in the format that the name of the file asks for."""
-    buffer, path = io.BytesIO(), Path(path)
+    buffer, path = io.BytesIO(), Path(path).expanduser()
     figure.savefig(buffer, format=path.suffix[1:] or "png", bbox_inches="tight")
     write_file(path, buffer.getvalue())
 
@@ -320,9 +319,11 @@ def save_figure(figure, path):
 def one_of_each_class(labels):
     """The index of the first image of each class that occurs in labels (N,), and its names."""
     classes = labels.unique().tolist()
-    return [int((labels == c).nonzero()[0]) for c in classes], [CLASSES[c] for c in classes]
+    names = [CLASSES[c] if 0 <= c < 10 else str(c) for c in classes]
+    return [int((labels == c).nonzero()[0]) for c in classes], names
 
 
+@default_style
 def draw_grid(axes, images, title="", rows=(), columns=()):
     """Draw images (R, C, 28, 28) or (R, C, 1, 28, 28) in [0, 1], with names of rows and columns."""
     n_rows, n_columns = images.shape[:2]
@@ -330,7 +331,7 @@ def draw_grid(axes, images, title="", rows=(), columns=()):
         raise UserError(f"images have shape {tuple(images.shape)}: make it (rows, columns, 28, 28)")
     if not 0 <= images.min() <= images.max() <= 1:
         raise UserError("pixels must lie in [0, 1] to be drawn: take the sigmoid of logits first")
-    images = images.detach().cpu().reshape(n_rows, n_columns, 28, 28)
+    images = images.detach().cpu().float().reshape(n_rows, n_columns, 28, 28)
     framed = torch.nn.functional.pad(images, (1, 1, 1, 1), value=1.0)       # (R, C, 30, 30)
     lines = framed.transpose(1, 2)                      # (R, 30, C, 30): row, line, column, pixel
     canvas = lines.reshape(30 * n_rows, 30 * n_columns)

@@ -390,8 +390,8 @@ def main(argv=None):
                "rows": [average(of_seeds) for of_seeds in rows.values()]}
     name = f"results-{dataset.source}-seeds{'-'.join(map(str, seeds))}"
     path = args.out / f"{name}{args.changes}.json"
-    data.write_file(path, json.dumps(results, indent=1).encode())
     print("", *report(results), f"-> {path}", sep="\n")
+    data.write_file(path, json.dumps(results, indent=1).encode())
     draw_models(models, real, path.with_suffix(".png"))
     return path
 
