@@ -1482,7 +1482,7 @@ def test_out_of_memory_is_one_line_and_other_errors_stay_as_they_are(error, tiny
     with pytest.raises(SystemExit) as stop:
         vae.main(["--out", tmp_path], dataset=tiny)
     assert stop.value.code == 2
-    assert capsys.readouterr().err.startswith("error: out of memory: close other programs, or choose smal")
+    assert capsys.readouterr().err.startswith("error: out of memory: close other programs, or")
     error = RuntimeError("a mistake in this code")
     with pytest.raises(RuntimeError, match="a mistake in this code"):
         vae.main(["--out", tmp_path], dataset=tiny)
