@@ -33,7 +33,7 @@ PRETRAINED = data.HERE / "assets" / "fashion-resnet18.pt"
 # ---------------------------------------------------------------- the network
 
 class BasicBlock(nn.Module):
-    """Two 3 x 3 convolutions and a shortcut around them: relu(shortcut(x) + F(x))."""
+    """relu( shortcut(x) + two 3 x 3 convolutions of x )."""
 
     def __init__(self, inputs, outputs, stride):
         super().__init__()
@@ -86,7 +86,7 @@ def check_images(images):
         raise data.UserError(f"images are {tuple(images.shape)} of {images.dtype}, but should be"
                              " (N, 1, 28, 28) of torch.float32, with N > 0")
     low, high = images.min().item(), images.max().item()
-    if not 0 <= low <= high <= 1:                       # "not", so that NaN is refused, too
+    if not (low >= 0 and high <= 1):                    # of NaN, both comparisons are False
         raise data.UserError(f"images range from {low} to {high}: the classifier takes raw images"
                              " in [0, 1]; take the sigmoid of logits, and do not normalise")
 
@@ -104,7 +104,7 @@ def look(resnet, images):
 
 def load_model(path, device="cpu"):
     """(FashionResNet18 in eval mode, what else its checkpoint holds); UserError if unusable."""
-    # mean and std are among what is loaded; float16 becomes float32 again
+    # the network first has mean 0 and std 1: loading fills in both, with all other weights
     return data.load_model(path, "classifier", lambda config: FashionResNet18(), device)
 
 

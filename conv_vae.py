@@ -123,7 +123,7 @@ def check_images(images):
     if images.shape[1:] != (1, 28, 28) or images.dtype != torch.float32 or len(images) == 0:
         raise ValueError(f"these images are {tuple(images.shape)} of {images.dtype}, but should be"
                          " (N, 1, 28, 28) of torch.float32, with N > 0")
-    if not 0 <= images.min() <= images.max() <= 1:      # "not", so that NaN is refused, too
+    if not (images.min() >= 0 and images.max() <= 1):   # of NaN, both comparisons are False
         raise ValueError("pixels must lie in [0, 1], since the loss is a binary cross-entropy")
 
 
@@ -184,7 +184,7 @@ def train(model, train_images, val_images, epochs, batch_size, lr, warmup):
 
 @torch.no_grad()
 def test(model, images, batch_size=1000):
-    """The mean recon, kl and total of images (N, 1, 28, 28), and how many latents are active.
+    """The mean recon, kl, total of images (N, 1, 28, 28), and the number of active latents.
     As in training, z is one draw from q(z | x), not mu. The KL always has weight 1."""
     check_images(images)
     model.eval()
@@ -246,7 +246,7 @@ def load_model(path, device="cpu"):
 def main(argv=None, dataset=None):
     """Train, test, save, draw. argv: a list of flags, or None for those of the command line;
     dataset: what data.load() gave, or None to load it. Returns the path of the checkpoint."""
-    args = data.read_flags(flags(), argv)               # and args.script, the name of this script
+    args = data.read_flags(flags(), argv)
     dataset = dataset or data.load(args.data)
 
     torch.manual_seed(args.seed)

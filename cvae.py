@@ -127,7 +127,7 @@ def check_images(images):
     if images.shape[1:] != (1, 28, 28) or images.dtype != torch.float32 or len(images) == 0:
         raise ValueError(f"these images are {tuple(images.shape)} of {images.dtype}, but should be"
                          " (N, 1, 28, 28) of torch.float32, with N > 0")
-    if not 0 <= images.min() <= images.max() <= 1:      # "not", so that NaN is refused, too
+    if not (images.min() >= 0 and images.max() <= 1):   # of NaN, both comparisons are False
         raise ValueError("pixels must lie in [0, 1], since the loss is a binary cross-entropy")
 
 
@@ -202,7 +202,7 @@ def train(model, train_images, train_labels, val_images, val_labels, epochs, bat
 
 @torch.no_grad()
 def test(model, images, labels, batch_size=1000):
-    """The mean recon, kl and total of images (N, 1, 28, 28), labels (N,), and how many are active.
+    """The mean recon, kl, total of images (N, 1, 28, 28), labels (N,), number of active latents.
     As in training, z is one draw from q(z | x, y), not mu. The KL always has weight 1."""
     check_images(images)
     check_labels(labels, images)
@@ -243,8 +243,8 @@ def draw_pictures(model, dataset, history, stem):
                     "Each row: one z from N(0, I). Each column: one class", columns=data.CLASSES)
     z = mu.repeat_interleave(10, dim=0)                 # (100, latent_dim): each style ten times
     swaps = model.decode(z, classes.repeat(len(x))).sigmoid()               # (100, 1, 28, 28)
-    # the real image is the first of eleven columns: (10, 1, 28, 28) beside (10, 10, 28, 28)
-    rows = torch.cat([x, swaps.view(-1, 10, 28, 28)], dim=1)                # (10, 11, 28, 28)
+    swaps = swaps.view(-1, 10, 1, 28, 28)               # a row for each image, a column a class
+    rows = torch.cat([x[:, None], swaps], dim=1)        # (10, 11, 1, 28, 28): the real image first
     data.image_grid(rows, f"{stem}-swaps.png",
                     "A real image, its style in every class", names, ("real", *data.CLASSES))
     data.plot_curves(history, f"{stem}-curves.png")
@@ -275,7 +275,7 @@ def load_model(path, device="cpu"):
 def main(argv=None, dataset=None):
     """Train, test, save, draw. argv: a list of flags, or None for those of the command line;
     dataset: what data.load() gave, or None to load it. Returns the path of the checkpoint."""
-    args = data.read_flags(flags(), argv)               # and args.script, the name of this script
+    args = data.read_flags(flags(), argv)
     dataset = dataset or data.load(args.data)
 
     torch.manual_seed(args.seed)

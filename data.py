@@ -65,7 +65,7 @@ def pixel_entropy(images):
 
 def split_indices(labels):
     """A fixed random split: (train, val) indices, with 500 images of each class in val."""
-    rng = np.random.RandomState(0)  # its stream is frozen: the same split in every numpy version
+    rng = np.random.RandomState(0)      # which gives the same numbers in every version of numpy
     val = [rng.permutation(np.flatnonzero(labels == c))[:500] for c in range(len(CLASSES))]
     val = np.sort(np.concatenate(val))
     return np.setdiff1d(np.arange(len(labels)), val), val
@@ -81,11 +81,11 @@ def load(source="auto"):
         arrays = read_sample() if used == "sample" else read_full()
     except ConnectionError as error:
         if source == "full" or os.environ.get("FASHION_MNIST_DIR"):
-            raise UserError(f"{error}: get a network, or set FASHION_MNIST_DIR to their folder")
+            raise UserError(f"{error}: get a network, or set FASHION_MNIST_DIR to a folder with it")
         print("!" * 80, "!! NO DATA SET, NO NETWORK: using the embedded SAMPLE (8,000 images)",
               "!" * 80, sep="\n", file=sys.stderr)
         arrays, used = read_sample(), "sample"
-    except OSError as error:                            # of a file that is not there, or unreadable
+    except OSError as error:                            # a file is not there, or not readable
         raise UserError(f"{error}: put a readable file there")
     tensors = {"source": used}
     for split, (images, labels) in arrays.items():
@@ -205,9 +205,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def read_flags(parser, argv):
-    """The flags of main(argv), checked. Besides them: script, its name; code, its text; settings, a
-    dict of those flags that decide what is computed; and changes, those settings that are not the
-    default, as they stand in the names of files."""
+    """The flags of main(argv), checked. Added to them are args.script, the name of the script;
+    args.code, the text of the script; args.settings, a dict of the flags that decide what is
+    computed; args.changes, those of them that are not the default, as in the names of files."""
     if argv is None and sys.argv[0].endswith("kernel_launcher.py"):
         argv = []                                       # in a notebook: sys.argv is of its kernel
     args = parser.parse_args(argv if argv is None else [str(word) for word in argv])
@@ -216,8 +216,8 @@ def read_flags(parser, argv):
         numbers = value if isinstance(value, list) else [value]
         if value is not None and not all(low <= number <= high for number in numbers):
             raise UserError(f"--{name}: choose a number from {low} to {high}".replace("_", "-"))
-    try:                                                # can we write there? Better asked now
-        args.out = args.out.expanduser()                # than after the training
+    try:                                                # to write there: now, not after training
+        args.out = args.out.expanduser()
         write_file(args.out / f"probe-{os.getpid()}", b"").unlink(missing_ok=True)
     except (ValueError, RuntimeError) as error:         # whatever is wrong with that folder
         raise UserError(f"--out: {error}")

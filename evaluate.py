@@ -7,9 +7,12 @@ trained on them, and no setting was chosen by them. A classifier (classifier.py)
     control    the share in which the classifier recognises the class asked for (or reconstructed)
     diversity  how varied the images of a class are; 1 is as varied as real ones
 
-Where does a bad image come from? We decode z of three sources, and the name of a number ends in its
-source: _prior, z from N(0, I); _ex_post, z from a mixture of Gaussians fitted, after the training,
-to the z of training images; _decoded, z of the test images (_swap: decoded as another class).
+Where does a bad image come from? We decode z of three sources; the names of numbers end in them:
+
+    _decoded   z of the test images: what is bad is the fault of the decoder (_swap: as other class)
+    _ex_post   z from a mixture of Gaussians, fitted after the training to the z of training images:
+               what is worse than _decoded is the fault of the mixture
+    _prior     z from N(0, I): what is worse still comes from real z that are spread otherwise
 
     python evaluate.py          # 19 minutes on two CPU cores; a second call only measures again
 
@@ -69,7 +72,7 @@ def decode(model, z, labels):
 def frechet_distance(features_a, features_b):
     """The FID of two sets of images from the classifier's features of them, (N, D) and (M, D): the
     squared Fréchet distance of the Gaussians fitted to them, 0 if these are equal (Heusel et al.
-    2017, arXiv:1706.08500, eq. 6; with Inception's features, so ours is a proxy for this study).
+    2017, arXiv:1706.08500, eq. 6; they take other features, so their numbers do not compare).
 
         FID  =  |m_a - m_b|^2  +  tr( S_a + S_b - 2 (S_a S_b)^1/2 )
 
@@ -85,8 +88,8 @@ def frechet_distance(features_a, features_b):
     # A trace is the sum of the eigenvalues, and a root has the roots of the eigenvalues. Those of a
     # product of two covariances are real and never negative, but for rounding.
     eigenvalues = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0)     # (D,)
-    trace = cov_a.trace() + cov_b.trace() - 2 * eigenvalues.sqrt().sum()
-    return max(0.0, ((mean_a - mean_b).pow(2).sum() + trace).item())
+    of_covariances = cov_a.trace() + cov_b.trace() - 2 * eigenvalues.sqrt().sum()
+    return max(0.0, ((mean_a - mean_b).pow(2).sum() + of_covariances).item())
 
 
 def controllability(recognised, asked):
@@ -103,8 +106,8 @@ def diversity(features, labels, real_features, real_labels):
     ratios = []
     for c in real_labels.unique():
         drawn, real = features[labels == c], real_features[real_labels == c]
-        spread = torch.pdist(drawn).mean().item() if len(drawn) > 1 else 0.0
-        ratios.append(spread / torch.pdist(real).mean().item())
+        distance = torch.pdist(drawn).mean().item() if len(drawn) > 1 else 0.0
+        ratios.append(distance / torch.pdist(real).mean().item())
     return mean(ratios)
 
 
@@ -114,7 +117,8 @@ def importance_weighted_bound(model, images, labels, draws):
 
         -log p(x)  <=  -E[ log( 1/K sum_k w_k ) ],    w = p(x | z) p(z) / q(z | x),  z ~ q(z | x)
 
-    K = 1 is the negative ELBO. The mean of more weights varies less, and the bound is tighter."""
+    E[w] = p(x), and the rest is Jensen's inequality. K = 1 gives the negative ELBO; the mean of
+    more weights varies less, and the bound is tighter."""
     mu, logvar = encode(model, images, labels)
     log_w = []
     for _ in range(draws):
@@ -138,7 +142,7 @@ def log_joint(z, weights, means, factors):
     rows = []
     for weight, centre, factor in zip(weights, means, factors):
         u = torch.linalg.inv(factor) @ (columns - centre[:, None])          # (D, N)
-        log_det = factor.diagonal().log().sum()         # the product of a triangle's diagonal
+        log_det = factor.diagonal().log().sum()         # det of a triangle: product of its diagonal
         constant = len(centre) / 2 * math.log(2 * math.pi)
         rows.append(weight.log() - 0.5 * u.pow(2).sum(0) - log_det - constant)
     return torch.stack(rows)
@@ -158,7 +162,7 @@ def fit_gmm(z, components, iterations=100, ridge=1e-3):
     for _ in range(iterations):
         # E step: how likely is it that component k made point n? Its responsibility
         logs = log_joint(z, weights, means, torch.linalg.cholesky(covariances))
-        responsibility = logs.softmax(dim=0)            # (K, N); Bayes' rule: exp, over its sum
+        responsibility = logs.softmax(dim=0)            # (K, N), by Bayes: exp(logs) over its sum
         # M step: fit each component anew to the points, weighted by its responsibility
         counts = responsibility.sum(1).clamp(min=1e-6)  # (K,), never 0: we divide by it
         weights = counts / counts.sum()
@@ -180,8 +184,7 @@ def sample_gmm(mixture, count):
 
 def sample_ex_post_prior(model, labels, dataset):
     """z (N, latent_dim) from the ex-post prior (Ghosh et al. 2020, arXiv:1903.12436): a mixture of
-    Gaussians, fitted to one z of each training image: 50 or, if labels are told, one a class. It
-    leaves out those places of N(0, I) where no real images lie."""
+    50 Gaussians, of a CVAE one for each class, fitted to one z of each training image."""
     real_z = draw_z(model, dataset.train_images, dataset.train_labels).cpu()
     if not is_conditional(model):
         return sample_gmm(fit_gmm(real_z, components=50), len(labels))
@@ -256,17 +259,13 @@ CONTROL = ["model", "control_prior", "control_swap", "control_decoded", "diversi
 SWEEP = ["model", "active", "recon", "kl", "total", "fid_prior", "gap", "difference"]
 
 
-def spread(values):
-    """Mean and standard deviation (over n - 1) of a list of numbers."""
-    return {"mean": mean(values), "std": stdev(values), "n": len(values)}
-
-
 def average(rows):
-    """The rows of one model under several seeds as one row."""
+    """The rows of one model under several seeds as one, with {"mean", "std" (n - 1), "n"}."""
     averaged = dict(rows[0])
     for key in rows[0]:
+        values = [row[key] for row in rows]
         if len(rows) > 1 and key not in ("model", "beta", "latent_dim", "params"):
-            averaged[key] = spread([row[key] for row in rows])
+            averaged[key] = {"mean": mean(values), "std": stdev(values), "n": len(values)}
     return averaged
 
 
@@ -282,8 +281,8 @@ def cell(key, value):
 
 
 def noise(rows, key):
-    """By how much two equally good trainings may differ by chance. If their standard deviation is s
-    (over seeds, pooled over the rows), that of their difference is sqrt(2) s; we take it twice."""
+    """By how much two equally good trainings may differ by chance: two standard deviations of their
+    difference, that is 2 sqrt(2) s. s: standard deviation over seeds, pooled over the rows."""
     variances = [row[key]["std"] ** 2 for row in rows if isinstance(row.get(key), dict)]
     if not variances:
         return None                                     # unknown from one seed
@@ -333,7 +332,7 @@ def find_or_train(script, args, seed, dataset):
     epochs = args.epochs or script.flags().get_default("epochs")
     argv = ["--data", dataset.source, "--seed", seed, "--epochs", epochs, "--device", args.device,
             "--out", args.out]
-    wanted = data.read_flags(script.flags(), argv)      # of which we need the names of the files
+    wanted = data.read_flags(script.flags(), argv)      # from these follow the names of the files
     ends = [f"-beta{beta}" for beta in beta_vae.BETAS] if script is beta_vae else [""]
     paths = [data.run_path(wanted.script + end, wanted, dataset.source) for end in ends]
     if not all(path.exists() for path in paths):
@@ -381,8 +380,9 @@ def main(argv=None):
                 rows.setdefault(row["model"], []).append(row)
                 if script is not beta_vae:
                     models.setdefault(row["model"], (model, row))           # of the first seed
-    sweep = [row for of_seeds in rows.values() for row in of_seeds if "difference" in row]
-    yardsticks["difference of all β-VAEs"] = spread([row["difference"] for row in sweep])
+    gaps = [row["difference"] for of_seeds in rows.values() for row in of_seeds if "gap" in row]
+    yardsticks["difference of all β-VAEs: gap minus rotated gap"] = {
+        "mean": mean(gaps), "std": stdev(gaps), "n": len(gaps)}
     results = {"data": dataset.source, "split": args.split, "seeds": seeds, "epochs": args.epochs,
                "device": str(args.device), "torch": str(torch.__version__),
                "date": time.strftime("%Y-%m-%d"), "floor": yardsticks["entropy floor"],

@@ -1,4 +1,4 @@
-"""Section 2: the variational autoencoder (VAE), in its plainest form.
+"""Section 2: the variational autoencoder (VAE).
 
 A VAE (Kingma & Welling 2014, arXiv:1312.6114) supposes that each image x was made in two steps.
 First, a few hidden numbers z, its latents, were drawn from the prior p(z) = N(0, I): independent
@@ -7,8 +7,9 @@ A second network, the encoder, looks at an image and guesses which z may have ma
 a distribution, too: q(z | x) = N(mu, sigma^2), with one mu and one sigma for each latent.
 
 We want log p(x), the log-probability of our images, to be large. But p(x) is an integral over all
-z, and nearly every z adds nearly nothing to it. So we multiply and divide by q(z | x): then it is a
-mean over those z that the encoder proposes. E_q[ ... ] means "the mean over z drawn from q(z | x)":
+z, and nearly every z adds nearly nothing to it: far too many would have to be tried. So we multiply
+and divide by q(z | x), which makes it a mean over those z that the encoder proposes. E_q[ ... ]
+means "the mean over z drawn from q(z | x)":
 
     log p(x)  =  log integral of p(x | z) p(z) dz
               =  log integral of q(z | x) [ p(x | z) p(z) / q(z | x) ] dz
@@ -32,11 +33,12 @@ averaged over images.
     python vae.py --latent-dim 2        # also draws its latent space, which then fits on paper
 
 You should see (full data, seed 0) a test total of about 235.94 nats: recon 221.80, an excess of
-31.95 over the entropy floor (the recon of a perfect decoder, see data.py), and KL 14.13. 9 of the
-20 latents are active: they differ from image to image. The others would lower recon by less than
-their KL, so their q(z | x) stays N(0, 1). Reconstructions have the right shape, but are blurred.
+31.95 over the entropy floor, 189.86 (pixels are grey, so even a perfect decoder pays that much: see
+data.py), and KL 14.13. 9 of the 20 latents are active: their mu differs from image to image. The
+others would lower recon by less than their KL, so their q(z | x) stays N(0, 1). Reconstructions
+have the right shape, but are blurred.
 Try: in elbo_terms, turn the `.sum(1)` of recon into `.mean(1)`, a common mistake, and run with
---out try. The KL then weighs 784 times too much. What do the samples look like?
+--out try (a folder of its own). The KL then weighs 784 times too much. How do the samples look?
 """
 import math
 import time
@@ -131,7 +133,7 @@ def check_images(images):
     if images.shape[1:] != (1, 28, 28) or images.dtype != torch.float32 or len(images) == 0:
         raise ValueError(f"these images are {tuple(images.shape)} of {images.dtype}, but should be"
                          " (N, 1, 28, 28) of torch.float32, with N > 0")
-    if not 0 <= images.min() <= images.max() <= 1:      # "not", so that NaN is refused, too
+    if not (images.min() >= 0 and images.max() <= 1):   # of NaN, both comparisons are False
         raise ValueError("pixels must lie in [0, 1], since the loss is a binary cross-entropy")
 
 
@@ -188,7 +190,7 @@ def train(model, train_images, val_images, epochs, batch_size, lr):
 
 @torch.no_grad()
 def test(model, images, batch_size=1000):
-    """The mean recon, kl and total of images (N, 1, 28, 28), and how many latents are active.
+    """The mean recon, kl, total of images (N, 1, 28, 28), and the number of active latents.
     As in training, z is one draw from q(z | x), not mu. The KL always has weight 1."""
     check_images(images)
     model.eval()
@@ -281,7 +283,7 @@ def load_model(path, device="cpu"):
 def main(argv=None, dataset=None):
     """Train, test, save, draw. argv: a list of flags, or None for those of the command line;
     dataset: what data.load() gave, or None to load it. Returns the path of the checkpoint."""
-    args = data.read_flags(flags(), argv)               # and args.script, the name of this script
+    args = data.read_flags(flags(), argv)
     dataset = dataset or data.load(args.data)
 
     torch.manual_seed(args.seed)
