@@ -141,7 +141,7 @@ def train(model, train_images, train_labels, val_images, val_labels, epochs, bat
     epoch. generator: of all random numbers. FloatingPointError if the loss is not finite."""
     for images, labels in ((train_images, train_labels), (val_images, val_labels)):
         check_images(images)
-        if labels.shape != (len(images),) or not 0 <= labels.min() <= labels.max() <= 9:
+        if labels.shape != (len(images),) or labels.min() < 0 or labels.max() > 9:
             raise ValueError("give one label from 0 to 9 for each image, in a tensor (N,)")
     device = next(model.parameters()).device
     train_images, train_labels = train_images.to(device), train_labels.to(device)

@@ -133,11 +133,10 @@ def check_images(images):
 
 def check_labels(labels, images):
     """ValueError unless there is one label, a whole number from 0 to 9, for each image."""
-    if labels.shape != (len(images),) or labels.dtype != torch.int64:
+    if (labels.shape != (len(images),) or labels.dtype != torch.int64
+            or labels.min() < 0 or labels.max() > 9):
         raise ValueError(f"these labels are {tuple(labels.shape)} of {labels.dtype}, but should be"
-                         f" ({len(images)},) of torch.int64: one for each image")
-    if not 0 <= labels.min() <= labels.max() <= 9:
-        raise ValueError("labels must be 0 to 9: the network has an input for each of ten classes")
+                         f" ({len(images)},) of torch.int64, from 0 to 9: one for each image")
 
 
 def is_active(mu):
@@ -236,14 +235,14 @@ def draw_pictures(model, dataset, history, stem):
     data.image_grid(both, f"{stem}-reconstructions.png",
                     "Test images and their reconstructions", ("original", "decoded z"), names)
     classes = torch.arange(10, device=device)
-    z = torch.randn(8, model.latent_dim, device=device)
-    z = z.repeat_interleave(10, dim=0)                  # (80, latent_dim): each z ten times
+    # (80, latent_dim): eight z, each of them ten times, for the ten classes
+    z = torch.randn(8, model.latent_dim, device=device).repeat_interleave(10, dim=0)
     samples = model.decode(z, classes.repeat(8)).sigmoid()                  # (80, 1, 28, 28)
     data.image_grid(samples.view(8, 10, 28, 28), f"{stem}-samples.png",
                     "Each row: one z from N(0, I). Each column: one class", columns=data.CLASSES)
     z = mu.repeat_interleave(10, dim=0)                 # (100, latent_dim): each style ten times
-    swaps = model.decode(z, classes.repeat(len(x))).sigmoid()               # (100, 1, 28, 28)
-    swaps = swaps.view(-1, 10, 1, 28, 28)               # a row for each image, a column a class
+    # (10, 10, 1, 28, 28): a row for each real image, a column for each class
+    swaps = model.decode(z, classes.repeat(len(x))).sigmoid().view(-1, 10, 1, 28, 28)
     rows = torch.cat([x[:, None], swaps], dim=1)        # (10, 11, 1, 28, 28): the real image first
     data.image_grid(rows, f"{stem}-swaps.png",
                     "A real image, its style in every class", names, ("real", *data.CLASSES))

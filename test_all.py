@@ -298,15 +298,15 @@ def test_images_that_the_loss_cannot_take_are_refused(module, change, reason, ti
 
 
 @pytest.mark.parametrize("labels, reason", [
-    (torch.arange(299) % 10, "one for each image"), (torch.arange(300) % 10 + 1, "must be 0 to 9"),
-    (torch.zeros(300), "of torch.int64"), (torch.zeros(300, 1, dtype=torch.int64), r"\(300, 1\)"),
+    (torch.arange(299) % 10, r"are \(299,\)"), (torch.arange(300) % 10 + 1, "from 0 to 9"),
+    (torch.zeros(300), "of torch.float32"), (torch.zeros(300, 1, dtype=torch.int64), r"\(300, 1\)"),
 ], ids=("few", "from 1", "float", "column"))
 def test_labels_that_do_not_belong_to_the_images_are_refused(labels, reason, tiny):
     with pytest.raises(ValueError, match=reason):
         fit(cvae, small(cvae), tiny._replace(train_labels=labels), 1, 100, 1e-3)
     with pytest.raises(ValueError, match=reason):
         cvae.test(small(cvae), tiny.test_images, labels)
-    if reason in ("one for each image", "must be 0 to 9"):
+    if labels.dtype == torch.int64:
         with pytest.raises(ValueError, match="one label from 0 to 9 for each image"):
             classifier.train(classifier.FashionResNet18(), tiny.train_images, labels,
                              tiny.val_images, tiny.val_labels, 1, 100, 0.1, torch.Generator())
