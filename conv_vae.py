@@ -20,10 +20,10 @@ pay for it. Evaluation always uses w = 1.
     python conv_vae.py                  # five minutes on two CPU cores
 
 You should see (full data, seed 0) a test total of about 234.67 nats, 1.27 below that of section 2:
-recon 219.80, an excess of 29.94, and KL 14.87. 10 of the 32 latents are active; the others would
-lower recon by less than they cost, and stay off with warm-up or without. `diff vae.py conv_vae.py`
-shows all changes, and the gain is that of all together. Warm-up alone gains 0.23 nats (validation
-images, mean of three seeds): a little, since collapse hardly threatens this network.
+recon 219.80, an excess of 29.94, and KL 14.87. `diff vae.py conv_vae.py` shows all changes, and the
+gain is that of all together. Warm-up alone gains 0.23 nats (validation images, mean of three
+seeds): collapse hardly threatens this network. Only 10 of the 32 latents are active, but that is no
+collapse: the others would lower recon by less than they cost, and warm-up does not bring them back.
 Try: --warmup 0 --out try. How does the KL change from epoch to epoch?
 """
 import math
@@ -103,9 +103,9 @@ def elbo_terms(logits, x, mu, logvar):
     over pixels and latents. logits, x (B, 1, 28, 28), mu, logvar (B, latent_dim) -> (B,) each."""
     # The decoder says with which probability p_i = sigmoid(logit_i) pixel i is white, and so
     #     recon = -log p(x | z) = -sum_i [ x_i log p_i + (1 - x_i) log(1 - p_i) ]
-    # if each x_i is 1 (white) or 0 (black). For our grey pixels we use the same formula: one of 0.4
-    # counts as 40 % white and 60 % black. Strictly, recon is then a loss and no log-probability;
-    # we still write -log p(x | z).
+    # if each x_i is 1 (white) or 0 (black). Ours are grey: recon is the mean of this over black and
+    # white copies of the image, in which pixel i is white with probability x_i, and the loss
+    # bounds the mean of -log p over such copies. We still write -log p(x).
     recon = torch.nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="none")
     recon = recon.flatten(1).sum(1)                                         # (B,)
     # For one latent, log q(z | x) = -1/2 [ (z - mu)^2 / sigma^2 + log sigma^2 + log 2 pi ], and
@@ -139,7 +139,7 @@ def train(model, train_images, val_images, epochs, batch_size, lr, warmup):
     Returns the history, a dict for each epoch; FloatingPointError if the loss is not finite.
 
     Adam with OneCycle: the learning rate rises from lr / 25 to lr in the first 30 % of all steps,
-    then falls almost to 0. Adam's own beta2 is 0.99 instead of 0.999, which learns faster here."""
+    then falls almost to 0. Adam's beta2 is 0.99, not its default 0.999: that learns faster here."""
     check_images(train_images)
     check_images(val_images)
     device = next(model.parameters()).device
@@ -149,7 +149,7 @@ def train(model, train_images, val_images, epochs, batch_size, lr, warmup):
     steps = epochs * math.ceil(len(train_images) / batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps,
                                                    cycle_momentum=False)    # do not move beta1
-    step = 0                                            # of all steps, in all epochs
+    step = 0                                            # goes on through all epochs
     history, start = [], time.perf_counter()
     for epoch in range(1, epochs + 1):
         model.train()
@@ -185,7 +185,7 @@ def train(model, train_images, val_images, epochs, batch_size, lr, warmup):
 @torch.no_grad()
 def test(model, images, batch_size=1000):
     """The mean recon, kl, total of images (N, 1, 28, 28), and the number of active latents.
-    As in training, z is one draw from q(z | x), not mu. The KL always has weight 1."""
+    As in training, z is one draw from q(z | x), not mu. The total is always recon + KL."""
     check_images(images)
     model.eval()
     device = next(model.parameters()).device
@@ -242,7 +242,7 @@ def load_model(path, device="cpu"):
     return data.load_model(path, "conv_vae", lambda config: ConvVAE(config["latent_dim"]), device)
 
 
-@data.command
+@data.command                                           # a user's mistake ends in one line
 def main(argv=None, dataset=None):
     """Train, test, save, draw. argv: a list of flags, or None for those of the command line;
     dataset: what data.load() gave, or None to load it. Returns the path of the checkpoint."""

@@ -80,7 +80,7 @@ def load(source="auto"):
         used = "sample" if source == "sample" else "full"
         arrays = read_sample() if used == "sample" else read_full()
     except ConnectionError as error:
-        if source == "full" or os.environ.get("FASHION_MNIST_DIR"):
+        if source == "full" or os.environ.get("FASHION_MNIST_DIR"):     # who names it, wants it
             raise UserError(f"{error}: get a network, or set FASHION_MNIST_DIR to a folder with it")
         print("!" * 80, "!! NO DATA SET, NO NETWORK: using the embedded SAMPLE (8,000 images)",
               "!" * 80, sep="\n", file=sys.stderr)
@@ -158,6 +158,7 @@ def unpack(raw, name, where):
 
 LIMITS = {"epochs": (1, 9999), "batch_size": (1, 9999), "latent_dim": (1, 9999), "lr": (1e-8, 10),
           "seed": (0, 2**32 - 1), "seeds": (0, 2**32 - 1), "betas": (0, 1e6), "warmup": (0, 1)}
+# what stands in the name of a file if it is not the default (data, seed and beta always do)
 SETTINGS = ("epochs", "batch_size", "lr", "latent_dim", "warmup", "split")
 # @default_style above a function: it draws in matplotlib's default style, whatever the user's is
 default_style = matplotlib.style.context("default")
@@ -195,7 +196,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, script, lesson):
         super().__init__(description=lesson, allow_abbrev=False, formatter_class=Help)
-        self.set_defaults(script=script)
+        self.set_defaults(script=script)                # becomes args.script
         self.add_argument("--data", choices=("auto", "full", "sample"), default="auto",
                           help="full, the embedded sample, or auto: full if it can be had")
         self.add_argument("--out", type=Path, default="runs", help="folder for output")
@@ -205,9 +206,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def read_flags(parser, argv):
-    """The flags of main(argv), checked. Added to them are args.script, the name of the script;
-    args.code, the text of the script; args.settings, a dict of the flags that decide what is
-    computed; args.changes, those of them that are not the default, as in the names of files."""
+    """The flags of main(argv), checked. Added to them are args.code, the text of the script;
+    args.settings, a dict of the SETTINGS; args.changes, those of them that are not the default."""
     if argv is None and sys.argv[0].endswith("kernel_launcher.py"):
         argv = []                                       # in a notebook: sys.argv is of its kernel
     args = parser.parse_args(argv if argv is None else [str(word) for word in argv])
@@ -267,7 +267,7 @@ def run_path(name, args, source):
 
 
 def save_checkpoint(path, args, source, metrics, state_dict, **more):
-    """Save tensors, numbers and texts, so that load_model can refuse everything else."""
+    """Save tensors, numbers and texts only: load_model, with weights_only, refuses all else."""
     buffer = io.BytesIO()
     torch.save({"script": args.script, "code": args.code, "config": args.settings,
                 "source": source, "seed": args.seed, "metrics": metrics,

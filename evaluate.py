@@ -9,10 +9,10 @@ trained on them, and no setting was chosen by them. A classifier (classifier.py)
 
 Where does a bad image come from? We decode z of three sources; the names of numbers end in them:
 
-    _decoded   z of the test images: what is bad is the fault of the decoder (_swap: as other class)
+    _decoded   z of the test images: what is bad is the decoder's fault (_swap: with other labels)
     _ex_post   z from a mixture of Gaussians, fitted after the training to the z of training images:
                what is worse than _decoded is the fault of the mixture
-    _prior     z from N(0, I): what is worse still comes from real z that are spread otherwise
+    _prior     z from N(0, I): the rest is the fault of the prior, which real z do not fill evenly
 
     python evaluate.py          # 19 minutes on two CPU cores; a second call only measures again
 
@@ -76,7 +76,8 @@ def frechet_distance(features_a, features_b):
 
         FID  =  |m_a - m_b|^2  +  tr( S_a + S_b - 2 (S_a S_b)^1/2 )
 
-    m: mean, S: covariance, tr: sum of the diagonal. UserError unless N, M > D and all is finite."""
+    m: mean, S: covariance, tr: sum of the diagonal. Of one feature with standard deviation s, this
+    is (m_a - m_b)^2 + (s_a - s_b)^2. UserError unless N, M > D and all is finite."""
     for features in (features_a, features_b):
         if len(features) <= features.shape[1] or not features.isfinite().all():
             raise data.UserError(f"features of shape {tuple(features.shape)}: they must be finite,"
@@ -93,8 +94,7 @@ def frechet_distance(features_a, features_b):
 
 
 def controllability(recognised, asked):
-    """The share of images in which the classifier recognises the class that was asked for. Both are
-    (N,). For real images this is the accuracy of the classifier."""
+    """The share of images recognised as the class asked for, both (N,). Of real ones: accuracy."""
     if recognised.shape != asked.shape:
         raise data.UserError("give one recognised and one asked class for each image, both (N,)")
     return (recognised == asked).double().mean().item()
@@ -134,7 +134,7 @@ def importance_weighted_bound(model, images, labels, draws):
 
 def log_joint(z, weights, means, factors):
     """log( weight_k N(z | m_k, S_k) ) of z (N, D) for each component k: (K, N). The factors are
-    triangular matrices L (K, D, D) with L L^T = S. With u = L^-1 (z - m), a normal density is
+    triangular matrices L (K, D, D), L L^T = S. As det S = (det L)^2, with u = L^-1 (z - m)
 
         log N(z | m, S)  =  -1/2 |u|^2  -  log det L  -  D/2 log 2 pi
     """
@@ -184,7 +184,7 @@ def sample_gmm(mixture, count):
 
 def sample_ex_post_prior(model, labels, dataset):
     """z (N, latent_dim) from the ex-post prior (Ghosh et al. 2020, arXiv:1903.12436): a mixture of
-    50 Gaussians, of a CVAE one for each class, fitted to one z of each training image."""
+    50 Gaussians, of a CVAE a single one for each class, fitted to a z of each training image."""
     real_z = draw_z(model, dataset.train_images, dataset.train_labels).cpu()
     if not is_conditional(model):
         return sample_gmm(fit_gmm(real_z, components=50), len(labels))
@@ -203,7 +203,8 @@ def look_at(source, model, z, labels, real):
 
 
 def measure(script, model, meta, dataset, real):
-    """All numbers of one model, as a dict. Each has its own seed, so that none changes another."""
+    """All numbers of a model of a script (a module), meta: what else is in its checkpoint. A dict.
+    Each measurement has its own seed, so that none of them changes another."""
     beta = meta.get("beta")                             # None, except in section 4
     row = {"model": NAMES[script] if beta is None else f"{NAMES[script]} β={beta:g}", "beta": beta,
            "latent_dim": model.latent_dim, "params": sum(p.numel() for p in model.parameters()),
@@ -282,7 +283,7 @@ def cell(key, value):
 
 def noise(rows, key):
     """By how much two equally good trainings may differ by chance: two standard deviations of their
-    difference, that is 2 sqrt(2) s. s: standard deviation over seeds, pooled over the rows."""
+    difference, whose variance is s^2 + s^2. s^2: variance over seeds, averaged over the rows."""
     variances = [row[key]["std"] ** 2 for row in rows if isinstance(row.get(key), dict)]
     if not variances:
         return None                                     # unknown from one seed
@@ -327,8 +328,7 @@ def draw_models(models, real, path):
 
 
 def find_or_train(script, args, seed, dataset):
-    """(the paths of a script's checkpoints, the text of the script). If a checkpoint is not there,
-    the script runs now, as it would by hand."""
+    """(paths of a script's checkpoints, its text). If one is missing, the script is run now."""
     epochs = args.epochs or script.flags().get_default("epochs")
     argv = ["--data", dataset.source, "--seed", seed, "--epochs", epochs, "--device", args.device,
             "--out", args.out]
@@ -380,9 +380,9 @@ def main(argv=None):
                 rows.setdefault(row["model"], []).append(row)
                 if script is not beta_vae:
                     models.setdefault(row["model"], (model, row))           # of the first seed
-    gaps = [row["difference"] for of_seeds in rows.values() for row in of_seeds if "gap" in row]
+    differences = [row["difference"] for row in sum(rows.values(), []) if "difference" in row]
     yardsticks["difference of all β-VAEs: gap minus rotated gap"] = {
-        "mean": mean(gaps), "std": stdev(gaps), "n": len(gaps)}
+        "mean": mean(differences), "std": stdev(differences), "n": len(differences)}
     results = {"data": dataset.source, "split": args.split, "seeds": seeds, "epochs": args.epochs,
                "device": str(args.device), "torch": str(torch.__version__),
                "date": time.strftime("%Y-%m-%d"), "floor": yardsticks["entropy floor"],

@@ -400,40 +400,30 @@ def test_beta_weighs_the_gradient_of_the_kl(tiny):
     assert ends[50]["recon"] > ends[0]["recon"]
 
 
-# recon of each pixel r (16, 1, 28, 28) and KL of each latent k (16, 10): 784 pixels, 10 latents, a
-# batch of 16. The loss as somebody wrote it, and what beta it has
+# r: recon of each pixel (16, 1, 28, 28); k: KL of each latent (16, 10). A loss as somebody wrote
+# it, and the c and beta with which it is c * (recon + beta * KL), in nats per image
 LOSSES = {
-    "sums over pixels and latents": (lambda r, k: r.sum((1, 2, 3)).mean() + k.sum(1).mean(), 1),
-    "BCE averaged over pixels": (lambda r, k: r.mean() + k.sum(1).mean(), 784),
-    "both averaged": (lambda r, k: r.mean() + k.mean(), 784 / 10),
-    "mean BCE, KL summed over the batch": (lambda r, k: r.mean() + k.sum(), 784 * 16),
-    "means, KL times 0.00025": (lambda r, k: r.mean() + 0.00025 * k.sum(1).mean(),
-                                784 * 0.00025),
+    "both summed, averaged over the batch":
+        (lambda r, k: r.sum((1, 2, 3)).mean() + k.sum(1).mean(), 1, 1),
+    "BCE averaged over pixels": (lambda r, k: r.mean() + k.sum(1).mean(), 1 / 784, 784),
+    "both averaged": (lambda r, k: r.mean() + k.mean(), 1 / 784, 784 / 10),
+    "mean BCE, KL summed over the batch": (lambda r, k: r.mean() + k.sum(), 1 / 784, 784 * 16),
+    "KL averaged over latents": (lambda r, k: r.sum((1, 2, 3)).mean() + k.mean(), 1, 1 / 10),
+    "mean BCE, KL times 0.00025":
+        (lambda r, k: r.mean() + 0.00025 * k.sum(1).mean(), 1 / 784, 784 * 0.00025),
+    "everything summed": (lambda r, k: r.sum() + k.sum(), 16, 1),
 }
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_what_is_my_beta(name, sample):
-    """Its gradient is a sum: c_recon * gradient of recon + c_kl * gradient of KL, with recon and KL
-    in nats per image. Adam does not see a factor of the whole. So beta is c_kl / c_recon."""
-    loss, beta = LOSSES[name]
-    torch.manual_seed(0)
-    model, x = small(beta_vae, 10).double(), sample.train_images[:16].double()
-    mu, logvar = model.encode(x)
-    logits = model.decode(model.reparameterize(mu, logvar))
-    bce = torch.nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="none")
-    kl = 0.5 * (mu.pow(2) + logvar.exp() - logvar - 1)  # (16, 10)
-
-    def gradient(value):
-        parts = torch.autograd.grad(value, list(model.parameters()), retain_graph=True,
-                                    materialize_grads=True)
-        return torch.cat([part.flatten() for part in parts])
-    of_recon, of_kl = [gradient(t.mean()) for t in beta_vae.elbo_terms(logits, x, mu, logvar)]
-    of_loss = gradient(loss(bce, kl))
-    both = torch.stack([of_recon, of_kl], dim=1)        # least squares give the two factors
-    c_recon, c_kl = torch.linalg.lstsq(both, of_loss[:, None]).solution[:, 0]
-    assert (c_kl / c_recon).item() == pytest.approx(beta)
-    assert (c_recon * of_recon + c_kl * of_kl - of_loss).norm() < 1e-9 * of_loss.norm()
+def test_what_is_my_beta(name):
+    """c only scales the gradients, which Adam hardly sees; beta is what sums and means make."""
+    loss, c, beta = LOSSES[name]
+    for seed in range(3):
+        torch.manual_seed(seed)
+        r, k = torch.rand(16, 1, 28, 28), torch.rand(16, 10)
+        recon, kl = r.flatten(1).sum(1), k.sum(1)       # (16,) each, as elbo_terms gives them
+        assert loss(r, k).item() == pytest.approx(c * (recon + beta * kl).mean().item())
 
 
 def test_cvae_gives_each_label_its_own_input(sample):
@@ -1061,7 +1051,7 @@ def code(function, *undo, added=()):
         assert text.count(new) == 1, new
         text = text.replace(new, old)
     return "".join(line for line in text.splitlines(True)
-                   if not line.strip().startswith(added or "never"))
+                   if not line.strip().startswith(added))
 
 
 @pytest.mark.parametrize("name", ["elbo_terms", "is_active", "check_images", "Residual"])

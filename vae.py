@@ -32,9 +32,10 @@ averaged over images.
     python vae.py                       # one minute on two CPU cores
     python vae.py --latent-dim 2        # also draws its latent space, which then fits on paper
 
-You should see (full data, seed 0) a test total of about 235.94 nats: recon 221.80, an excess of
-31.95 over the entropy floor, 189.86 (pixels are grey, so even a perfect decoder pays that much: see
-data.py), and KL 14.13. 9 of the 20 latents are active: their mu differs from image to image. The
+You should see (full data, seed 0) a test total of about 235.94 nats: recon 221.80 and KL 14.13
+(rounded). recon compares with grey pixels, so that even a perfect decoder pays 189.86, the entropy
+floor (see data.py); what lies above it, 31.95, is the excess, the fault of our networks.
+9 of the 20 latents are active: their mu differs from image to image. The
 others would lower recon by less than their KL, so their q(z | x) stays N(0, 1). Reconstructions
 have the right shape, but are blurred.
 Try: in elbo_terms, turn the `.sum(1)` of recon into `.mean(1)`, a common mistake, and run with
@@ -113,9 +114,9 @@ def elbo_terms(logits, x, mu, logvar):
     over pixels and latents. logits, x (B, 1, 28, 28), mu, logvar (B, latent_dim) -> (B,) each."""
     # The decoder says with which probability p_i = sigmoid(logit_i) pixel i is white, and so
     #     recon = -log p(x | z) = -sum_i [ x_i log p_i + (1 - x_i) log(1 - p_i) ]
-    # if each x_i is 1 (white) or 0 (black). For our grey pixels we use the same formula: one of 0.4
-    # counts as 40 % white and 60 % black. Strictly, recon is then a loss and no log-probability;
-    # we still write -log p(x | z).
+    # if each x_i is 1 (white) or 0 (black). Ours are grey: recon is the mean of this over black and
+    # white copies of the image, in which pixel i is white with probability x_i, and the loss
+    # bounds the mean of -log p over such copies. We still write -log p(x).
     recon = torch.nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="none")
     recon = recon.flatten(1).sum(1)                                         # (B,)
     # For one latent, log q(z | x) = -1/2 [ (z - mu)^2 / sigma^2 + log sigma^2 + log 2 pi ], and
@@ -149,7 +150,7 @@ def train(model, train_images, val_images, epochs, batch_size, lr):
     Returns the history, a dict for each epoch; FloatingPointError if the loss is not finite.
 
     Adam with OneCycle: the learning rate rises from lr / 25 to lr in the first 30 % of all steps,
-    then falls almost to 0. Adam's own beta2 is 0.99 instead of 0.999, which learns faster here."""
+    then falls almost to 0. Adam's beta2 is 0.99, not its default 0.999: that learns faster here."""
     check_images(train_images)
     check_images(val_images)
     device = next(model.parameters()).device
@@ -191,7 +192,7 @@ def train(model, train_images, val_images, epochs, batch_size, lr):
 @torch.no_grad()
 def test(model, images, batch_size=1000):
     """The mean recon, kl, total of images (N, 1, 28, 28), and the number of active latents.
-    As in training, z is one draw from q(z | x), not mu. The KL always has weight 1."""
+    As in training, z is one draw from q(z | x), not mu. The total is always recon + KL."""
     check_images(images)
     model.eval()
     device = next(model.parameters()).device
@@ -227,7 +228,7 @@ def draw_pictures(model, dataset, history, stem):
     data.plot_curves(history, f"{stem}-curves.png")
 
 
-@data.default_style
+@data.default_style                                     # of matplotlib, not the user's
 @torch.no_grad()
 def draw_map(model, dataset, path):
     """The map of a latent space with two dimensions (after Kingma & Welling, figure 4). Left: where
@@ -279,7 +280,7 @@ def load_model(path, device="cpu"):
     return data.load_model(path, "vae", lambda config: VAE(config["latent_dim"]), device)
 
 
-@data.command
+@data.command                                           # a user's mistake ends in one line
 def main(argv=None, dataset=None):
     """Train, test, save, draw. argv: a list of flags, or None for those of the command line;
     dataset: what data.load() gave, or None to load it. Returns the path of the checkpoint."""
