@@ -13,16 +13,16 @@ What does each latent, each dimension of z, learn? Traversals show it (decode z 
 moves), and so does the correlation of each latent with five attributes of the image, such as its
 width. It is often said that a large beta leads to disentanglement: each attribute gets a latent of
 its own. We measure that by the gap: the correlation of an attribute with its best latent minus that
-with the second best. Is a gap large? Take the mu of all test images, a cloud of points, scale it
-alike along all axes, and rotate it at random. No information is lost, but its axes are arbitrary
-now. If their gap is as large, the axes that the training found were nothing special.
+with the second best. Is a gap large? Take the mu of all test images, a cloud of points, divide each
+axis by its standard deviation, and rotate the cloud at random. No information is lost, but its axes
+are arbitrary now. If their gap is as large, the axes that the training found were nothing special.
 
     python beta_vae.py                  # three minutes on two CPU cores
 
 You should see (full data, seed 0), from beta = 0.25 to 16, recon rise from 219.16 to 272.13 nats on
 the test images and KL fall from 23.43 to 2.82. For beta = 1 the gap is larger than along random
 axes (0.202 and 0.137), for 4 it is not (0.224 and 0.270). Over five seeds it is larger by 0.09 on
-average for beta <= 1, and by 0.02 for beta >= 4: axes mean a little, a large beta does not help.
+average for beta <= 1, but only by 0.02 for beta >= 4: a large beta gives axes no more meaning.
 Try: --betas 0 1 --epochs 3 --out try. With 0, nothing pulls z to the prior: how many latents are
 active, and what do they cost?
 """
@@ -103,8 +103,8 @@ def elbo_terms(logits, x, mu, logvar):
     # The decoder says with which probability p_i = sigmoid(logit_i) pixel i is white, and so
     #     recon = -log p(x | z) = -sum_i [ x_i log p_i + (1 - x_i) log(1 - p_i) ]
     # if each x_i is 1 (white) or 0 (black). Ours are grey: recon is the mean of this over black and
-    # white copies of the image, in which pixel i is white with probability x_i, and the loss
-    # bounds the mean of -log p over such copies. We still write -log p(x).
+    # white copies of the image, in which pixel i is white with probability x_i. The bound holds for
+    # any q, so for each copy, too; hence -log p(x) here means the mean of -log p of such copies.
     recon = torch.nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="none")
     recon = recon.flatten(1).sum(1)                                         # (B,)
     # For one latent, log q(z | x) = -1/2 [ (z - mu)^2 / sigma^2 + log sigma^2 + log 2 pi ], and
@@ -238,13 +238,13 @@ def gap(correlations):
 def rotated_gaps(mu, values, rotations=20):
     """The gaps of mu (N, D) and values (N, K) after random rotations of mu, as a list. Each latent
     is first scaled to a standard deviation of 1, which changes no correlation. Otherwise the latent
-    with the largest one would dominate all rotated axes: nearly copies of it, they have no gap."""
+    that varies most would dominate all rotated axes, so that best and second best hardly differ."""
     scaled = mu / mu.std(dim=0).clamp(min=1e-6)         # never by 0
     generator = torch.Generator().manual_seed(0)
     gaps = []
     for _ in range(rotations):
         gaussian = torch.randn(mu.shape[1], mu.shape[1], generator=generator)
-        # Q: random perpendicular axes of length 1. Some are reversed, which |r| does not notice
+        # Q: random perpendicular axes of length 1 (a rotation, perhaps mirrored: |r| is the same)
         rotation = torch.linalg.qr(gaussian).Q          # (D, D)
         gaps.append(gap(correlation(scaled @ rotation, values)))
     return gaps
@@ -334,7 +334,7 @@ def draw_attributes(sweep, path):
 # ---------------------------------------------------------------- the section
 
 def flags():
-    """The flags of this script, with their defaults."""
+    """The flags of this script, with their defaults. data.Parser adds --data and --out."""
     parser = data.Parser("beta_vae", __doc__)
     parser.add_argument("--betas", type=float, nargs="+", default=BETAS, help="weights of the KL")
     parser.add_argument("--epochs", type=int, default=8, help="passes over the images")
@@ -351,7 +351,7 @@ def load_model(path, device="cpu"):
     return data.load_model(path, "beta_vae", lambda config: BetaVAE(config["latent_dim"]), device)
 
 
-@data.command                                           # a user's mistake ends in one line
+@data.command                                           # prints mistakes of users as one line
 def main(argv=None, dataset=None):
     """Train, test, save each beta; compare them, draw. argv: a list of flags, or None for those of
     the command line; dataset: what data.load() gave, or None to load it. Returns the paths of the

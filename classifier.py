@@ -186,7 +186,7 @@ def train(model, train_images, train_labels, val_images, val_labels, epochs, bat
 # ---------------------------------------------------------------- the section
 
 def flags():
-    """The flags of this script, with their defaults."""
+    """The flags of this script, with their defaults. data.Parser adds --data and --out."""
     parser = data.Parser("classifier", __doc__)
     parser.add_argument("--epochs", type=int, default=18, help="passes over the images")
     parser.add_argument("--batch-size", type=int, default=128, help="images in one step")

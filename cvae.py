@@ -108,8 +108,8 @@ def elbo_terms(logits, x, mu, logvar):
     # The decoder says with which probability p_i = sigmoid(logit_i) pixel i is white, and so
     #     recon = -log p(x | z) = -sum_i [ x_i log p_i + (1 - x_i) log(1 - p_i) ]
     # if each x_i is 1 (white) or 0 (black). Ours are grey: recon is the mean of this over black and
-    # white copies of the image, in which pixel i is white with probability x_i, and the loss
-    # bounds the mean of -log p over such copies. We still write -log p(x).
+    # white copies of the image, in which pixel i is white with probability x_i. The bound holds for
+    # any q, so for each copy, too; hence -log p(x) here means the mean of -log p of such copies.
     recon = torch.nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="none")
     recon = recon.flatten(1).sum(1)                                         # (B,)
     # For one latent, log q(z | x) = -1/2 [ (z - mu)^2 / sigma^2 + log sigma^2 + log 2 pi ], and
@@ -252,7 +252,7 @@ def draw_pictures(model, dataset, history, stem):
 # ---------------------------------------------------------------- the section
 
 def flags():
-    """The flags of this script, with their defaults."""
+    """The flags of this script, with their defaults. data.Parser adds --data and --out."""
     parser = data.Parser("cvae", __doc__)
     parser.add_argument("--epochs", type=int, default=36, help="passes over the images")
     parser.add_argument("--batch-size", type=int, default=256, help="images in one step")
@@ -270,7 +270,7 @@ def load_model(path, device="cpu"):
     return data.load_model(path, "cvae", lambda config: CVAE(config["latent_dim"]), device)
 
 
-@data.command                                           # a user's mistake ends in one line
+@data.command                                           # prints mistakes of users as one line
 def main(argv=None, dataset=None):
     """Train, test, save, draw. argv: a list of flags, or None for those of the command line;
     dataset: what data.load() gave, or None to load it. Returns the path of the checkpoint."""

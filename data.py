@@ -80,7 +80,7 @@ def load(source="auto"):
         used = "sample" if source == "sample" else "full"
         arrays = read_sample() if used == "sample" else read_full()
     except ConnectionError as error:
-        if source == "full" or os.environ.get("FASHION_MNIST_DIR"):     # who names it, wants it
+        if source == "full" or os.environ.get("FASHION_MNIST_DIR"):     # it was asked for
             raise UserError(f"{error}: get a network, or set FASHION_MNIST_DIR to a folder with it")
         print("!" * 80, "!! NO DATA SET, NO NETWORK: using the embedded SAMPLE (8,000 images)",
               "!" * 80, sep="\n", file=sys.stderr)
@@ -99,7 +99,7 @@ def load(source="auto"):
 
 
 def read_sample():
-    """The embedded sample (MIT, Zalando SE), the first 500 / 100 / 200 images of each class:
+    """The embedded sample (MIT, Zalando SE), the first 500 + 100 and 200 images of each class:
     {"train": (images, labels), "val": …, "test": …}, all uint8."""
     with np.load(SAMPLE) as file:
         return {split: (file[f"{split}_images"], file[f"{split}_labels"])
@@ -206,8 +206,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def read_flags(parser, argv):
-    """The flags of main(argv), checked. Added to them are args.code, the text of the script;
-    args.settings, a dict of the SETTINGS; args.changes, those of them that are not the default."""
+    """The flags of main(argv), checked; args.code, the text of the script; args.settings, a dict of
+    the SETTINGS; args.changes, of those that are not the default, as in a name: -lr0.01."""
     if argv is None and sys.argv[0].endswith("kernel_launcher.py"):
         argv = []                                       # in a notebook: sys.argv is of its kernel
     args = parser.parse_args(argv if argv is None else [str(word) for word in argv])

@@ -10,9 +10,9 @@ trained on them, and no setting was chosen by them. A classifier (classifier.py)
 Where does a bad image come from? We decode z of three sources; the names of numbers end in them:
 
     _decoded   z of the test images: what is bad is the decoder's fault (_swap: with other labels)
-    _ex_post   z from a mixture of Gaussians, fitted after the training to the z of training images:
-               what is worse than _decoded is the fault of the mixture
-    _prior     z from N(0, I): the rest is the fault of the prior, which real z do not fill evenly
+    _ex_post   z from a mixture of Gaussians fitted to real z: what is worse is the mixture's fault
+    _prior     z from N(0, I): what is worse still is the fault of the prior. The z of all images
+               together are not spread like it, so some draws lie where no decoder was trained
 
     python evaluate.py          # 19 minutes on two CPU cores; a second call only measures again
 
@@ -86,8 +86,8 @@ def frechet_distance(features_a, features_b):
     mean_a, mean_b = a.mean(0), b.mean(0)                                   # (D,)
     cov_a = (a - mean_a).T @ (a - mean_a) / (len(a) - 1)                    # (D, D)
     cov_b = (b - mean_b).T @ (b - mean_b) / (len(b) - 1)
-    # A trace is the sum of the eigenvalues, and a root has the roots of the eigenvalues. Those of a
-    # product of two covariances are real and never negative, but for rounding.
+    # A trace is the sum of the eigenvalues, and a root has the roots of the eigenvalues. Those of
+    # S_a S_b are those of the symmetric S_a^1/2 S_b S_a^1/2: not negative, but for rounding.
     eigenvalues = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0)     # (D,)
     of_covariances = cov_a.trace() + cov_b.trace() - 2 * eigenvalues.sqrt().sum()
     return max(0.0, ((mean_a - mean_b).pow(2).sum() + of_covariances).item())
@@ -184,7 +184,7 @@ def sample_gmm(mixture, count):
 
 def sample_ex_post_prior(model, labels, dataset):
     """z (N, latent_dim) from the ex-post prior (Ghosh et al. 2020, arXiv:1903.12436): a mixture of
-    50 Gaussians, of a CVAE a single one for each class, fitted to a z of each training image."""
+    50 Gaussians (for a CVAE: one Gaussian a class), fitted to one z of each training image."""
     real_z = draw_z(model, dataset.train_images, dataset.train_labels).cpu()
     if not is_conditional(model):
         return sample_gmm(fit_gmm(real_z, components=50), len(labels))
@@ -203,8 +203,8 @@ def look_at(source, model, z, labels, real):
 
 
 def measure(script, model, meta, dataset, real):
-    """All numbers of a model of a script (a module), meta: what else is in its checkpoint. A dict.
-    Each measurement has its own seed, so that none of them changes another."""
+    """Measure a model that script (a module) made; meta is the rest of its checkpoint. Returns a
+    dict. Each measurement has its own seed, so that none of them changes another."""
     beta = meta.get("beta")                             # None, except in section 4
     row = {"model": NAMES[script] if beta is None else f"{NAMES[script]} β={beta:g}", "beta": beta,
            "latent_dim": model.latent_dim, "params": sum(p.numel() for p in model.parameters()),
@@ -271,7 +271,7 @@ def average(rows):
 
 
 def cell(key, value):
-    """The text of one number in a table: shares in percent, other fractions with two decimals."""
+    """The text of one number in a table: shares in percent, others with two decimals."""
     if value is None:
         return "–"                                      # does not apply
     if isinstance(value, dict):

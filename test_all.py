@@ -1,6 +1,6 @@
 """Every test of the study: python -m pytest test_all.py (offline, 90 seconds).
 
-Each test states a fact and holds it against something that is not this code: a closed form,
+The tests of the maths hold the code against something that is not this code: a closed form,
 torch.distributions, numpy, a hand-made file, or another process. The order is that of the lesson:
 loss, training, sections, metrics, classifier, data, scripts, what users do wrong. At the end stands
 a list of mistakes, and `python test_all.py --mutants` shows that the tests catch each of them.
@@ -1549,7 +1549,8 @@ evaluate | "std": stdev(values) | "std": stdev(values) * 0.9 | seeds_are_average
 
 
 def mistakes():
-    """Each of the MISTAKES: (names of scripts, text, text with the mistake, name of the test)."""
+    """Each of the MISTAKES: (names of scripts, text, text with the mistake, name of the test). The
+    parts are divided by " | ", of which the texts keep all other blanks, since these matter."""
     for line in MISTAKES.strip().splitlines():
         if not line.startswith("#"):
             scripts, text, mistake, words = line.replace("\\n", "\n").split(" |")

@@ -32,12 +32,12 @@ averaged over images.
     python vae.py                       # one minute on two CPU cores
     python vae.py --latent-dim 2        # also draws its latent space, which then fits on paper
 
-You should see (full data, seed 0) a test total of about 235.94 nats: recon 221.80 and KL 14.13
-(rounded). recon compares with grey pixels, so that even a perfect decoder pays 189.86, the entropy
-floor (see data.py); what lies above it, 31.95, is the excess, the fault of our networks.
-9 of the 20 latents are active: their mu differs from image to image. The
-others would lower recon by less than their KL, so their q(z | x) stays N(0, 1). Reconstructions
-have the right shape, but are blurred.
+You should see (full data, seed 0) a test total of 235.94 nats, that is recon 221.80 and KL 14.13,
+all rounded. recon is a cross-entropy with grey pixels as targets. It is not 0 even if all
+predictions are perfect, but 189.86, the entropy floor; recon is 31.95 above it, the excess.
+9 of the 20 latents are active: their mu differs from image to image. The others would lower recon
+by less than their KL, so their q(z | x) stays N(0, 1). Reconstructions have the right shape, but
+are blurred.
 Try: in elbo_terms, turn the `.sum(1)` of recon into `.mean(1)`, a common mistake, and run with
 --out try (a folder of its own). The KL then weighs 784 times too much. How do the samples look?
 """
@@ -115,8 +115,8 @@ def elbo_terms(logits, x, mu, logvar):
     # The decoder says with which probability p_i = sigmoid(logit_i) pixel i is white, and so
     #     recon = -log p(x | z) = -sum_i [ x_i log p_i + (1 - x_i) log(1 - p_i) ]
     # if each x_i is 1 (white) or 0 (black). Ours are grey: recon is the mean of this over black and
-    # white copies of the image, in which pixel i is white with probability x_i, and the loss
-    # bounds the mean of -log p over such copies. We still write -log p(x).
+    # white copies of the image, in which pixel i is white with probability x_i. The bound holds for
+    # any q, so for each copy, too; hence -log p(x) here means the mean of -log p of such copies.
     recon = torch.nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="none")
     recon = recon.flatten(1).sum(1)                                         # (B,)
     # For one latent, log q(z | x) = -1/2 [ (z - mu)^2 / sigma^2 + log sigma^2 + log 2 pi ], and
@@ -264,7 +264,7 @@ def draw_map(model, dataset, path):
 # ---------------------------------------------------------------- the section
 
 def flags():
-    """The flags of this script, with their defaults."""
+    """The flags of this script, with their defaults. data.Parser adds --data and --out."""
     parser = data.Parser("vae", __doc__)
     parser.add_argument("--epochs", type=int, default=24, help="passes over the images")
     parser.add_argument("--batch-size", type=int, default=256, help="images in one step")
@@ -280,7 +280,7 @@ def load_model(path, device="cpu"):
     return data.load_model(path, "vae", lambda config: VAE(config["latent_dim"]), device)
 
 
-@data.command                                           # a user's mistake ends in one line
+@data.command                                           # prints mistakes of users as one line
 def main(argv=None, dataset=None):
     """Train, test, save, draw. argv: a list of flags, or None for those of the command line;
     dataset: what data.load() gave, or None to load it. Returns the path of the checkpoint."""
