@@ -17,7 +17,7 @@ with the second best. Is a gap large? Take the mu of all test images, a cloud of
 axis by its standard deviation, and rotate the cloud at random. No information is lost, but its axes
 are arbitrary now. If their gap is as large, the axes that the training found were nothing special.
 
-    python beta_vae.py                  # three minutes on two CPU cores
+    python beta_vae.py                  # four minutes on two CPU cores
 
 You should see (full data, seed 0), from beta = 0.25 to 16, recon rise from 219.16 to 272.13 nats on
 the test images and KL fall from 23.43 to 2.82. For beta = 1 the gap is larger than along random

@@ -14,10 +14,10 @@ Where does a bad image come from? We decode z of three sources; the names of num
     _prior     z from N(0, I): what is worse still is the fault of the prior. The z of all images
                together are not spread like it, so some draws lie where no decoder was trained
 
-    python evaluate.py          # 19 minutes on two CPU cores; a second call only measures again
+    python evaluate.py          # 20 minutes on two CPU cores; a second call only measures again
 
 You should see (full data, seed 0) that the Conv VAE has a smaller total than the MLP VAE, that for
-both fid_prior > fid_ex_post > fid_decoded, and a control_prior of the CVAE of 86 %.
+both fid_prior > fid_ex_post > fid_decoded, and a control_prior of the CVAE of 87 %.
 Try: --data sample --epochs 3 --out try. What limits the Conv VAE most: decoder, mixture or prior?
 """
 import json

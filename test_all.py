@@ -1111,7 +1111,7 @@ def alone(tmp_path_factory, tiny):
             name: (tensor[:, 0] * 255).round().byte() if tensor.dim() == 4 else tensor.byte()
             for name, tensor in zip(data.FashionMNIST._fields, tiny[:6])})
         flags = ["--data", "sample"] + ["--epochs", "1"] * (script != "data")
-        flags += ["--latent-dim", "2"] * (script == "vae")
+        flags += {"vae": ["--latent-dim", "2"], "beta_vae": ["--betas", "1"]}.get(script, [])
         started[script] = folder, start([f"{script}.py", *flags], folder, OMP_NUM_THREADS="1",
                                         PYTHONPATH=os.environ.get("PYTHONPATH", ""))
     for script, (folder, process) in started.items():
@@ -1404,9 +1404,10 @@ def test_a_pipe_that_is_closed_ends_the_program_in_silence(tmp_path):
 
 def test_unusual_consoles_notebooks_and_backends_do_no_harm(tmp_path):
     words = ("import sys, data\n"
+             "sample = data.load('sample'); data.load = lambda source: sample\n"
              "sys.argv = ['/x/ipykernel_launcher.py', '-f', '/x/kernel-1.json']\n"
-             "data.main(); data.main(['--data', 'sample', '--out', 'gr\\xf6\\xdfe-\\u03b2'])\n"
-             "sys.stdout = sys.stderr = None; data.main(['--data', 'sample', '--out', 'silent'])")
+             "data.main(); data.main(['--out', 'gr\\xf6\\xdfe-\\u03b2'])\n"
+             "sys.stdout = sys.stderr = None; data.main(['--out', 'silent'])")
     code, printed, errors = run(["-c", words], tmp_path, PYTHONIOENCODING="ascii", PYTHONUTF8="0",
                                 FASHION_MNIST_DIR="", MPLBACKEND="module://not_there")
     assert code == 0, errors

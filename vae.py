@@ -29,7 +29,7 @@ keeps q(z | x) near N(0, I), so that later we can draw z from N(0, I) and decode
 Both are in nats (units of the natural logarithm) per image: summed over pixels and over latents,
 averaged over images.
 
-    python vae.py                       # one minute on two CPU cores
+    python vae.py                       # two minutes on two CPU cores
     python vae.py --latent-dim 2        # also draws its latent space, which then fits on paper
 
 You should see (full data, seed 0) a test total of 235.94 nats, that is recon 221.80 and KL 14.13,
