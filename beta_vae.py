@@ -180,7 +180,7 @@ def train(model, train_images, val_images, epochs, batch_size, lr, beta):
 
 @torch.no_grad()
 def test(model, images, batch_size=1000):
-    """The mean recon, kl, total of images (N, 1, 28, 28), and the number of active latents.
+    """Mean recon, kl and total of images (N, 1, 28, 28), and how many latents are active.
     As in training, z is one draw from q(z | x), not mu. The total is always recon + KL."""
     check_images(images)
     model.eval()

@@ -201,8 +201,8 @@ def train(model, train_images, train_labels, val_images, val_labels, epochs, bat
 
 @torch.no_grad()
 def test(model, images, labels, batch_size=1000):
-    """The mean recon, kl, total of images (N, 1, 28, 28), labels (N,), number of active latents.
-    As in training, z is one draw from q(z | x, y), not mu. The total is always recon + KL."""
+    """Mean recon, kl and total of images (N, 1, 28, 28), labels (N,), and how many latents are
+    active. As in training, z is one draw from q(z | x, y), not mu. The total is recon + KL."""
     check_images(images)
     check_labels(labels, images)
     model.eval()

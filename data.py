@@ -80,7 +80,7 @@ def load(source="auto"):
         used = "sample" if source == "sample" else "full"
         arrays = read_sample() if used == "sample" else read_full()
     except ConnectionError as error:
-        if source == "full" or os.environ.get("FASHION_MNIST_DIR"):     # it was asked for
+        if source == "full" or os.environ.get("FASHION_MNIST_DIR"):     # full was asked for
             raise UserError(f"{error}: get a network, or set FASHION_MNIST_DIR to a folder with it")
         print("!" * 80, "!! NO DATA SET, NO NETWORK: using the embedded SAMPLE (8,000 images)",
               "!" * 80, sep="\n", file=sys.stderr)
@@ -181,7 +181,7 @@ def command(main):
         except (RuntimeError, MemoryError) as error:
             if "memory" not in repr(error).lower():     # repr, since MemoryError has no text
                 raise
-            message, code = "out of memory: close other programs, or choose smaller flags", 2
+            message, code = "out of memory: close programs, or lower --batch-size, --latent-dim", 2
         print(f"error: {message}".replace("\n", " "), file=sys.stderr)
         sys.exit(code)
     return wrapped
@@ -206,8 +206,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def read_flags(parser, argv):
-    """The flags of main(argv), checked; args.code, the text of the script; args.settings, a dict of
-    the SETTINGS; args.changes, of those that are not the default, as in a name: -lr0.01."""
+    """Read and check the flags of main(argv); add code, the text of the script; settings, a dict of
+    the SETTINGS; changes, the part of file names that says which of them are not the default."""
     if argv is None and sys.argv[0].endswith("kernel_launcher.py"):
         argv = []                                       # in a notebook: sys.argv is of its kernel
     args = parser.parse_args(argv if argv is None else [str(word) for word in argv])
@@ -216,7 +216,7 @@ def read_flags(parser, argv):
         numbers = value if isinstance(value, list) else [value]
         if value is not None and not all(low <= number <= high for number in numbers):
             raise UserError(f"--{name}: choose a number from {low} to {high}".replace("_", "-"))
-    try:                                                # to write there: now, not after training
+    try:                                                # no training shall fail at its end
         args.out = args.out.expanduser()
         write_file(args.out / f"probe-{os.getpid()}", b"").unlink(missing_ok=True)
     except (ValueError, RuntimeError) as error:         # whatever is wrong with that folder

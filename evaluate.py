@@ -94,7 +94,7 @@ def frechet_distance(features_a, features_b):
 
 
 def controllability(recognised, asked):
-    """The share of images recognised as the class asked for, both (N,). Of real ones: accuracy."""
+    """The share of images whose recognised class is the class asked for. Both are (N,)."""
     if recognised.shape != asked.shape:
         raise data.UserError("give one recognised and one asked class for each image, both (N,)")
     return (recognised == asked).double().mean().item()
@@ -215,25 +215,23 @@ def measure(script, model, meta, dataset, real):
     else:
         row |= script.test(model, real.images)
     row["excess"] = row["recon"] - data.pixel_entropy(real.images).mean().item()
-
     torch.manual_seed(1)
-    asked = real.labels                                 # all classes equally often
-    z = torch.randn(len(asked), model.latent_dim)
-    features, seen = look_at("the prior", model, z, asked, real)
+    z = torch.randn(len(real.labels), model.latent_dim)
+    features, seen = look_at("the prior", model, z, real.labels, real)
     row["fid_prior"] = frechet_distance(features, real.features)
     if is_conditional(model):
-        row["control_prior"] = controllability(seen, asked)
+        row["control_prior"] = controllability(seen, real.labels)
         # of recognised images only, since wrong classes would count as variety
-        right = seen == asked
+        right = seen == real.labels
         real_right = real.recognised == real.labels
-        row["diversity_prior"] = diversity(features[right], asked[right],
+        row["diversity_prior"] = diversity(features[right], real.labels[right],
                                            real.features[real_right], real.labels[real_right])
     if script is beta_vae:                              # the question of section 4 is another one
         found = beta_vae.analyse(model.cpu(), real.images)
         return row | {"gap": found["gap"], "difference": found["difference"]}
     torch.manual_seed(2)
-    z = sample_ex_post_prior(model, asked, dataset)
-    features, _ = look_at("the ex-post prior", model, z, asked, real)
+    z = sample_ex_post_prior(model, real.labels, dataset)
+    features, _ = look_at("the ex-post prior", model, z, real.labels, real)
     row["fid_ex_post"] = frechet_distance(features, real.features)
     torch.manual_seed(3)
     z = draw_z(model, real.images, real.labels)
@@ -380,7 +378,7 @@ def main(argv=None):
                 rows.setdefault(row["model"], []).append(row)
                 if script is not beta_vae:
                     models.setdefault(row["model"], (model, row))           # of the first seed
-    differences = [row["difference"] for row in sum(rows.values(), []) if "difference" in row]
+    differences = [row["difference"] for group in rows.values() for row in group if "gap" in row]
     yardsticks["difference of all β-VAEs: gap minus rotated gap"] = {
         "mean": mean(differences), "std": stdev(differences), "n": len(differences)}
     results = {"data": dataset.source, "split": args.split, "seeds": seeds, "epochs": args.epochs,
@@ -388,11 +386,12 @@ def main(argv=None):
                "date": time.strftime("%Y-%m-%d"), "floor": yardsticks["entropy floor"],
                "yardsticks": yardsticks, "stale": stale,
                "rows": [average(of_seeds) for of_seeds in rows.values()]}
-    name = f"results-{dataset.source}-seeds{'-'.join(map(str, seeds))}"
-    path = args.out / f"{name}{args.changes}.json"
-    print("", *report(results), f"-> {path}", sep="\n")
+    print("", *report(results), sep="\n")
+    numbers = "-".join(str(seed) for seed in seeds)
+    path = args.out / f"results-{dataset.source}-seeds{numbers}{args.changes}.json"
     data.write_file(path, json.dumps(results, indent=1).encode())
     draw_models(models, real, path.with_suffix(".png"))
+    print(f"-> {path} and the picture {path.stem}.png")
     return path
 
 

@@ -1218,6 +1218,10 @@ def test_evaluate_trains_what_is_missing_and_its_tables_add_up(evaluated):
         assert row["recon"] - results["floor"] == pytest.approx(row["excess"], abs=1e-9)
         assert row["fid_prior"] > results["yardsticks"]["fid of halves of the images"]
         assert f"{row['total']:.2f}" in printed
+    differences = [row["difference"] for row in results["rows"][1:3]]
+    pooled, = [value for name, value in results["yardsticks"].items() if "difference" in name]
+    assert pooled["mean"] == pytest.approx(np.mean(differences)) and pooled["n"] == 2
+    assert pooled["std"] == pytest.approx(np.std(differences, ddof=1))
     assert all(line in printed for line in evaluate.report(results))
     assert (out / "results-sample-seeds0-epochs1.png").exists()
     shown = [*evaluate.MAIN, *evaluate.IMAGES, *evaluate.CONTROL, *evaluate.SWEEP, *evaluate.SIZE,
@@ -1463,7 +1467,7 @@ def test_out_of_memory_is_one_line_and_other_errors_stay_as_they_are(error, tiny
     with pytest.raises(SystemExit) as stop:
         vae.main(["--out", tmp_path], dataset=tiny)
     assert stop.value.code == 2
-    assert capsys.readouterr().err.startswith("error: out of memory: close other programs, or")
+    assert capsys.readouterr().err.startswith("error: out of memory: close programs, or lower")
     error = RuntimeError("a mistake in this code")
     with pytest.raises(RuntimeError, match="a mistake in this code"):
         vae.main(["--out", tmp_path], dataset=tiny)
@@ -1551,7 +1555,7 @@ evaluate | "std": stdev(values) | "std": stdev(values) * 0.9 | seeds_are_average
 
 def mistakes():
     """Each of the MISTAKES: (names of scripts, text, text with the mistake, name of the test). The
-    parts are divided by " | ", of which the texts keep all other blanks, since these matter."""
+    parts are divided by " | "; all other blanks belong to the texts."""
     for line in MISTAKES.strip().splitlines():
         if not line.startswith("#"):
             scripts, text, mistake, words = line.replace("\\n", "\n").split(" |")
