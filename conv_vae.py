@@ -3,28 +3,30 @@
 The network of section 2 is not told which pixels are neighbours. Here an image is cut into a grid
 of 7 x 7 patches, each of 4 x 4 pixels. A convolution looks at each patch together with its eight
 neighbours, and describes it by 48 numbers. These 7 x 7 x 48 = 2352 numbers go into the encoder of
-section 2, in place of the 784 pixels; in the same way, another convolution follows the decoder. z
-has 32 dimensions instead of 20, and the training is longer, with a lower learning rate. And the KL
-is warmed up (Bowman et al. 2016, arXiv:1511.06349, section 3.1; linearly, as in Sonderby et al.
-2016, arXiv:1602.02282): its weight w grows from 0 to 1 in the first fifth of all steps,
+section 2 (vae.py, which explains recon, KL and their names), in place of the 784 pixels; in the
+same way, another convolution follows the decoder. z has 32 dimensions instead of 20, and the
+training is longer, with a lower learning rate. And the KL is warmed up (Bowman et al. 2016,
+arXiv:1511.06349, section 3.1; linearly, as in Sonderby et al. 2016, arXiv:1602.02282): its weight w
+grows from 0 to 1 in the first fifth of all steps,
 
     loss  =  recon  +  w * KL,        w  =  min(1, progress / warmup)
 
 where progress is the share of all steps that is done, and warmup = 0.2. In the first steps the
 decoder cannot use z yet. If z costs its full KL then, the easiest way to a lower loss is to make
-q(z | x) equal to the prior N(0, 1) in some latents, for every image. The decoder then learns to
-ignore these latents, so that they do not become useful later, even if they would be worth their
-price: this is called posterior collapse. With warm-up, z learns to carry something before it has to
-pay for it. Evaluation always uses w = 1.
+q(z | x) equal to the prior N(0, 1) in some latents, for every image. The decoder learns to ignore
+them; so they stay useless, even those that would later be worth their price. This is called
+posterior collapse. With warm-up, z learns to carry something before it has to pay for it.
+Evaluation always uses w = 1.
 
     python conv_vae.py                  # five minutes on two CPU cores
 
 You should see (full data, seed 0) a test total of about 234.67 nats, 1.27 below that of section 2:
 recon 219.80, an excess of 29.94, and KL 14.87. `diff vae.py conv_vae.py` shows all changes, and the
 gain is that of all together. Warm-up alone gains 0.23 nats (validation images, mean of three
-seeds): collapse hardly threatens this network. Only 10 of the 32 latents are active, but that is no
-collapse: the others would lower recon by less than they cost, and warm-up does not bring them back.
-Try: --warmup 0 --out try. How does the KL change from epoch to epoch?
+seeds), which may be chance: collapse does not seem to threaten this network. In the first epochs,
+while the KL weighs little, all 32 latents are active; in the end, 10 are. The others have not
+collapsed: they were used, and turned out not to be worth their price.
+Try: --warmup 0 --out try. How do the KL and the active latents change from epoch to epoch?
 """
 import math
 import time
@@ -36,7 +38,8 @@ import data
 # ---------------------------------------------------------------- the model
 
 class Residual(torch.nn.Module):
-    """x + F(x): F, the given layers, learns only a change (He et al. 2016, arXiv:1603.05027)."""
+    """x + F(x): F, the given layers, learns only a change. The activation comes first in F, so that
+    x itself passes as it is (He et al. 2016, arXiv:1603.05027)."""
 
     def __init__(self, *layers):
         super().__init__()
@@ -74,7 +77,6 @@ class ConvVAE(torch.nn.Module):
     def encode(self, x):
         """q(z | x): x (B, 1, 28, 28) -> mu, logvar, each (B, latent_dim).
         logvar is log sigma^2: a network may put out any number, but sigma^2 must be positive."""
-        # not a layer of the encoder, since section 5 adds the label to the patches
         patches = torch.nn.functional.pixel_unshuffle(x, 4)                 # (B, 16, 7, 7)
         mu, logvar = self.encoder(patches).chunk(2, dim=1)
         return mu, logvar
@@ -102,11 +104,11 @@ class ConvVAE(torch.nn.Module):
 def elbo_terms(logits, x, mu, logvar):
     """The two parts of the negative ELBO (Kingma & Welling, eq. 10) in nats: sums, never means,
     over pixels and latents. logits, x (B, 1, 28, 28), mu, logvar (B, latent_dim) -> (B,) each."""
-    # The decoder says with which probability p_i = sigmoid(logit_i) pixel i is white, and so
+    # Given z, each pixel is white (1) or black (0), independently of the others; pixel i is white
+    # with probability p_i = sigmoid(logit_i). So p(x | z) is a product of p_i and 1 - p_i, and
     #     recon = -log p(x | z) = -sum_i [ x_i log p_i + (1 - x_i) log(1 - p_i) ]
-    # if each x_i is 1 (white) or 0 (black). Ours are grey: recon is the mean of this over black and
-    # white copies of the image, in which pixel i is white with probability x_i. The bound holds for
-    # any q, so for each copy, too; hence -log p(x) here means the mean of -log p of such copies.
+    # Our pixels are grey, x_i between 0 and 1, and we keep the formula. p(x | z) is then no true
+    # probability (over all grey images it does not add up to 1), but the bound holds all the same.
     recon = torch.nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="none")
     recon = recon.flatten(1).sum(1)                                         # (B,)
     # For one latent, log q(z | x) = -1/2 [ (z - mu)^2 / sigma^2 + log sigma^2 + log 2 pi ], and
@@ -179,6 +181,7 @@ def train(model, train_images, val_images, epochs, batch_size, lr, warmup):
         print(f"epoch {epoch}/{epochs}, KL weight {w:.2f}: training"
               f" recon {mean_recon:.2f} KL {mean_kl:.2f} total {mean_recon + mean_kl:.2f},"
               f" validation recon {val['recon']:.2f} KL {val['kl']:.2f} total {val['total']:.2f},"
+              f" {val['active']} latents active,"
               f" {time.perf_counter() - start:.0f} s", flush=True)
     return history
 
@@ -186,7 +189,7 @@ def train(model, train_images, val_images, epochs, batch_size, lr, warmup):
 @torch.no_grad()
 def test(model, images, batch_size=1000):
     """Mean recon, kl and total of images (N, 1, 28, 28), and how many latents are active.
-    As in training, z is one draw from q(z | x), not mu. The total is always recon + KL."""
+    As in training, z is one draw from q(z | x), not mu. The total gives the KL no weight."""
     check_images(images)
     model.eval()
     device = next(model.parameters()).device

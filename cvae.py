@@ -2,8 +2,8 @@
 
 Encoder and decoder are both told the label y. So we can ask the decoder for a class; and z is left
 with what y does not say, the style: brightness, width, sleeves. To tell the class in z as well
-would cost KL and gain nothing, since the decoder knows y. The loss is that of section 3 (KL warm-up
-included), with everything given y:
+would cost KL and gain nothing, since the decoder knows y. The loss is that of section 3, with KL
+warm-up (vae.py and conv_vae.py explain both), and everything is given y:
 
     loss  =  E_q[ -log p(x | z, y) ]  +  KL( q(z | x, y) || N(0, I) )
 
@@ -36,7 +36,8 @@ import data
 # ---------------------------------------------------------------- the model
 
 class Residual(torch.nn.Module):
-    """x + F(x): F, the given layers, learns only a change (He et al. 2016, arXiv:1603.05027)."""
+    """x + F(x): F, the given layers, learns only a change. The activation comes first in F, so that
+    x itself passes as it is (He et al. 2016, arXiv:1603.05027)."""
 
     def __init__(self, *layers):
         super().__init__()
@@ -105,11 +106,11 @@ class CVAE(torch.nn.Module):
 def elbo_terms(logits, x, mu, logvar):
     """The two parts of the negative ELBO (Kingma & Welling, eq. 10) in nats: sums, never means,
     over pixels and latents. logits, x (B, 1, 28, 28), mu, logvar (B, latent_dim) -> (B,) each."""
-    # The decoder says with which probability p_i = sigmoid(logit_i) pixel i is white, and so
+    # Given z, each pixel is white (1) or black (0), independently of the others; pixel i is white
+    # with probability p_i = sigmoid(logit_i). So p(x | z) is a product of p_i and 1 - p_i, and
     #     recon = -log p(x | z) = -sum_i [ x_i log p_i + (1 - x_i) log(1 - p_i) ]
-    # if each x_i is 1 (white) or 0 (black). Ours are grey: recon is the mean of this over black and
-    # white copies of the image, in which pixel i is white with probability x_i. The bound holds for
-    # any q, so for each copy, too; hence -log p(x) here means the mean of -log p of such copies.
+    # Our pixels are grey, x_i between 0 and 1, and we keep the formula. p(x | z) is then no true
+    # probability (over all grey images it does not add up to 1), but the bound holds all the same.
     recon = torch.nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="none")
     recon = recon.flatten(1).sum(1)                                         # (B,)
     # For one latent, log q(z | x) = -1/2 [ (z - mu)^2 / sigma^2 + log sigma^2 + log 2 pi ], and
@@ -195,14 +196,15 @@ def train(model, train_images, train_labels, val_images, val_labels, epochs, bat
         print(f"epoch {epoch}/{epochs}, KL weight {w:.2f}: training"
               f" recon {mean_recon:.2f} KL {mean_kl:.2f} total {mean_recon + mean_kl:.2f},"
               f" validation recon {val['recon']:.2f} KL {val['kl']:.2f} total {val['total']:.2f},"
+              f" {val['active']} latents active,"
               f" {time.perf_counter() - start:.0f} s", flush=True)
     return history
 
 
 @torch.no_grad()
 def test(model, images, labels, batch_size=1000):
-    """Mean recon, kl and total of images (N, 1, 28, 28), labels (N,), and how many latents are
-    active. As in training, z is one draw from q(z | x, y), not mu. The total is recon + KL."""
+    """Mean recon, kl, total of images (N, 1, 28, 28), labels (N,), and how many latents are active.
+    As in training, z is one draw from q(z | x, y), not mu. The total gives the KL no weight."""
     check_images(images)
     check_labels(labels, images)
     model.eval()
@@ -240,7 +242,7 @@ def draw_pictures(model, dataset, history, stem):
     samples = model.decode(z, classes.repeat(8)).sigmoid()                  # (80, 1, 28, 28)
     data.image_grid(samples.view(8, 10, 28, 28), f"{stem}-samples.png",
                     "Each row: one z from N(0, I). Each column: one class", columns=data.CLASSES)
-    z = mu.repeat_interleave(10, dim=0)                 # (100, latent_dim): each style ten times
+    z = mu.repeat_interleave(10, dim=0)                 # (100, latent_dim): each mu ten times
     # (10, 10, 1, 28, 28): a row for each real image, a column for each class
     swaps = model.decode(z, classes.repeat(len(x))).sigmoid().view(-1, 10, 1, 28, 28)
     rows = torch.cat([x[:, None], swaps], dim=1)        # (10, 11, 1, 28, 28): the real image first

@@ -14,7 +14,8 @@ cross-entropy minus this floor.
     python data.py            # takes seconds and writes two figures to runs/
 
 You should see 55,000 / 5,000 / 10,000 images for training, validation and test, all ten classes
-equally often, and half of all pixels exactly 0. Try: what is the floor of `images.round()`?
+equally often, and half of all pixels exactly 0.
+Try in Python: import data; images = data.load().test_images; data.pixel_entropy(images.round())
 """
 import argparse
 import functools
@@ -79,7 +80,7 @@ def load(source="auto"):
     try:
         used = "sample" if source == "sample" else "full"
         arrays = read_sample() if used == "sample" else read_full()
-    except ConnectionError as error:
+    except ConnectionError as error:                    # an OSError, too: so it comes first
         if source == "full" or os.environ.get("FASHION_MNIST_DIR"):     # full was asked for
             raise UserError(f"{error}: get a network, or set FASHION_MNIST_DIR to a folder with it")
         print("!" * 80, "!! NO DATA SET, NO NETWORK: using the embedded SAMPLE (8,000 images)",
@@ -99,8 +100,8 @@ def load(source="auto"):
 
 
 def read_sample():
-    """The embedded sample (MIT, Zalando SE), the first 500 + 100 and 200 images of each class:
-    {"train": (images, labels), "val": …, "test": …}, all uint8."""
+    """The embedded sample (MIT, Zalando SE; of each class 500 training, 100 validation and 200 test
+    images): {"train": (images, labels), "val": …, "test": …}, all uint8."""
     with np.load(SAMPLE) as file:
         return {split: (file[f"{split}_images"], file[f"{split}_labels"])
                 for split in ("train", "val", "test")}
@@ -160,18 +161,18 @@ LIMITS = {"epochs": (1, 9999), "batch_size": (1, 9999), "latent_dim": (1, 9999),
           "seed": (0, 2**32 - 1), "seeds": (0, 2**32 - 1), "betas": (0, 1e6), "warmup": (0, 1)}
 # what stands in the name of a file if it is not the default (data, seed and beta always do)
 SETTINGS = ("epochs", "batch_size", "lr", "latent_dim", "warmup", "split")
-# @default_style above a function: it draws in matplotlib's default style, whatever the user's is
-default_style = matplotlib.style.context("default")
 
 
 def command(main):
-    """Decorate main(): a user's mistake ends in one line with exit code 2, Ctrl-C with 130."""
+    """Decorate main(): a user's mistake ends in one line with exit code 2, Ctrl-C with 130. The
+    pictures are in matplotlib's default style, whatever the user's is."""
     @functools.wraps(main)
     def wrapped(*args, **more):
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="replace")    # not every console can print every letter
         try:
-            return main(*args, **more)
+            with matplotlib.style.context("default"):
+                return main(*args, **more)
         except KeyboardInterrupt:
             message, code = "interrupted: what was saved is kept, the rest is lost", 130
         except BrokenPipeError:                         # as in `python vae.py | head`
@@ -323,7 +324,6 @@ def one_of_each_class(labels):
     return [int((labels == c).nonzero()[0]) for c in classes], names
 
 
-@default_style
 def draw_grid(axes, images, title="", rows=(), columns=()):
     """Draw images (R, C, 28, 28) or (R, C, 1, 28, 28) in [0, 1], with names of rows and columns."""
     n_rows, n_columns = images.shape[:2]
@@ -343,7 +343,6 @@ def draw_grid(axes, images, title="", rows=(), columns=()):
     axes.spines[:].set_visible(False)
 
 
-@default_style
 def image_grid(images, path, title="", rows=(), columns=()):
     """Write images as draw_grid draws them into a file."""
     size = (0.6 * images.shape[1] + 1, 0.6 * images.shape[0] + 1)
@@ -352,7 +351,6 @@ def image_grid(images, path, title="", rows=(), columns=()):
     save_figure(figure, path)
 
 
-@default_style
 def plot_curves(history, path):
     """Recon and KL of training and validation against the epochs, from what train() returns."""
     figure = Figure((8, 3.2), dpi=120, layout="constrained")
@@ -366,7 +364,6 @@ def plot_curves(history, path):
     save_figure(figure, path)
 
 
-@default_style
 def plot_distributions(images, labels, path):
     """How often each class and each pixel value occur in training images (N, 1, 28, 28)."""
     figure = Figure((10, 3.4), dpi=120, layout="constrained")

@@ -9,10 +9,11 @@ trained on them, and no setting was chosen by them. A classifier (classifier.py)
 
 Where does a bad image come from? We decode z of three sources; the names of numbers end in them:
 
-    _decoded   z of the test images: what is bad is the decoder's fault (_swap: with other labels)
+    _decoded   z of the test images: what is bad is the decoder's fault
     _ex_post   z from a mixture of Gaussians fitted to real z: what is worse is the mixture's fault
     _prior     z from N(0, I): what is worse still is the fault of the prior. The z of all images
                together are not spread like it, so some draws lie where no decoder was trained
+    _swap      only for the CVAE: z of the test images, decoded as other classes
 
     python evaluate.py          # 20 minutes on two CPU cores; a second call only measures again
 
@@ -86,8 +87,9 @@ def frechet_distance(features_a, features_b):
     mean_a, mean_b = a.mean(0), b.mean(0)                                   # (D,)
     cov_a = (a - mean_a).T @ (a - mean_a) / (len(a) - 1)                    # (D, D)
     cov_b = (b - mean_b).T @ (b - mean_b) / (len(b) - 1)
-    # A trace is the sum of the eigenvalues, and a root has the roots of the eigenvalues. Those of
-    # S_a S_b are those of the symmetric S_a^1/2 S_b S_a^1/2: not negative, but for rounding.
+    # The root of M is the matrix R with R R = M: its eigenvalues are the roots of those of M, and a
+    # trace is the sum of eigenvalues. Those of a product of two covariances are real and never
+    # negative (linear algebra), but for rounding.
     eigenvalues = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0)     # (D,)
     of_covariances = cov_a.trace() + cov_b.trace() - 2 * eigenvalues.sqrt().sum()
     return max(0.0, ((mean_a - mean_b).pow(2).sum() + of_covariances).item())
@@ -95,8 +97,6 @@ def frechet_distance(features_a, features_b):
 
 def controllability(recognised, asked):
     """The share of images whose recognised class is the class asked for. Both are (N,)."""
-    if recognised.shape != asked.shape:
-        raise data.UserError("give one recognised and one asked class for each image, both (N,)")
     return (recognised == asked).double().mean().item()
 
 
@@ -117,8 +117,8 @@ def importance_weighted_bound(model, images, labels, draws):
 
         -log p(x)  <=  -E[ log( 1/K sum_k w_k ) ],    w = p(x | z) p(z) / q(z | x),  z ~ q(z | x)
 
-    E[w] = p(x), and the rest is Jensen's inequality. K = 1 gives the negative ELBO; the mean of
-    more weights varies less, and the bound is tighter."""
+    E[w] is the integral p(x), and the rest is Jensen's inequality. K = 1 gives the negative ELBO. A
+    mean of more weights varies less, so Jensen's inequality loses less: the bound is tighter."""
     mu, logvar = encode(model, images, labels)
     log_w = []
     for _ in range(draws):
@@ -133,8 +133,8 @@ def importance_weighted_bound(model, images, labels, draws):
 
 
 def log_joint(z, weights, means, factors):
-    """log( weight_k N(z | m_k, S_k) ) of z (N, D) for each component k: (K, N). The factors are
-    triangular matrices L (K, D, D), L L^T = S. As det S = (det L)^2, with u = L^-1 (z - m)
+    """log p(k, z) = log( weight_k N(z | m_k, S_k) ) of z (N, D) for each component k: (K, N). The
+    factors (K, D, D) are triangular matrices L with L L^T = S. With u = L^-1 (z - m)
 
         log N(z | m, S)  =  -1/2 |u|^2  -  log det L  -  D/2 log 2 pi
     """
@@ -149,11 +149,9 @@ def log_joint(z, weights, means, factors):
 
 
 def fit_gmm(z, components, iterations=100, ridge=1e-3):
-    """A mixture of K Gaussians for z (N, D): weights (K,), means (K, D) and Cholesky factors of the
-    covariances (K, D, D). EM (Bishop 2006, section 9.2.2) guesses in turn which component made each
-    point, and fits each component to its points. The ridge keeps covariances invertible."""
-    if len(z) < max(2, components):
-        raise data.UserError(f"{len(z)} points are too few for {components} Gaussians")
+    """A mixture of K Gaussians for z (N, D): weights (K,), means (K, D), factors (K, D, D).
+    EM (Bishop 2006, section 9.2.2) guesses in turn which component made each point, and fits each
+    component to its points. The ridge keeps covariances invertible."""
     added = ridge * torch.eye(z.shape[1], dtype=z.dtype)                    # (D, D)
     # each component starts at one of the points, and as wide as all z
     weights = torch.full((components,), 1 / components, dtype=z.dtype)
@@ -184,7 +182,8 @@ def sample_gmm(mixture, count):
 
 def sample_ex_post_prior(model, labels, dataset):
     """z (N, latent_dim) from the ex-post prior (Ghosh et al. 2020, arXiv:1903.12436): a mixture of
-    50 Gaussians (for a CVAE: one Gaussian a class), fitted to one z of each training image."""
+    50 Gaussians, fitted to one z of each training image. A CVAE needs z that fit the class, and
+    has one Gaussian for each. So compare the sources of one model, not the mixtures of two."""
     real_z = draw_z(model, dataset.train_images, dataset.train_labels).cpu()
     if not is_conditional(model):
         return sample_gmm(fit_gmm(real_z, components=50), len(labels))
@@ -303,8 +302,9 @@ def report(results):
     lines = [", ".join(f"{name} {results[name]}" for name in ("data", "split", "seeds", "date"))]
     main_rows = [row for row in results["rows"] if row["beta"] is None]
     sweep = [row for row in results["rows"] if row["beta"] is not None]
-    for columns in (MAIN, IMAGES, CONTROL, SWEEP, SIZE):
-        lines += ["", *table(sweep if columns is SWEEP else main_rows, columns)]
+    for rows, columns in ((main_rows, MAIN), (main_rows, IMAGES), (main_rows, CONTROL),
+                          (sweep, SWEEP), (main_rows, SIZE)):
+        lines += ["", *table(rows, columns)]
     yardsticks = [f"- {name}: {cell(name, x)}" for name, x in results["yardsticks"].items()]
     return [*lines, "", *yardsticks, *results["stale"]]
 
@@ -384,8 +384,8 @@ def main(argv=None):
     results = {"data": dataset.source, "split": args.split, "seeds": seeds, "epochs": args.epochs,
                "device": str(args.device), "torch": str(torch.__version__),
                "date": time.strftime("%Y-%m-%d"), "floor": yardsticks["entropy floor"],
-               "yardsticks": yardsticks, "stale": stale,
-               "rows": [average(of_seeds) for of_seeds in rows.values()]}
+               "yardsticks": yardsticks, "rows": [average(rows[name]) for name in rows],
+               "stale": stale}
     print("", *report(results), sep="\n")
     numbers = "-".join(str(seed) for seed in seeds)
     path = args.out / f"results-{dataset.source}-seeds{numbers}{args.changes}.json"

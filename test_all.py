@@ -607,15 +607,11 @@ def test_fid_survives_features_that_are_always_zero_and_a_single_feature():
     assert evaluate.frechet_distance(a, b) == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_metrics_refuse_what_they_cannot_measure():
+def test_fid_refuses_what_it_cannot_measure():
     with pytest.raises(ValueError, match=r"\(5, 8\).*at least 9"):
         evaluate.frechet_distance(torch.randn(5, 8), torch.randn(50, 8))
     with pytest.raises(ValueError, match="finite"):
         evaluate.frechet_distance(torch.randn(50, 8), torch.full((50, 8), math.nan))
-    with pytest.raises(ValueError, match="one recognised and one asked class"):
-        evaluate.controllability(torch.randn(50, 10), torch.arange(50) % 10)
-    with pytest.raises(ValueError, match="3 points are too few for 4 Gaussians"):
-        evaluate.fit_gmm(torch.randn(3, 2), components=4)
 
 
 def test_controllability_is_a_share():
@@ -1050,7 +1046,7 @@ def test_each_section_changes_the_lesson_before_it_only_where_it_must():
     for name in ("elbo_terms", "is_active", "check_images", "Residual"):
         assert len({inspect.getsource(getattr(module, name)) for module in MODELS}) == 1, name
     for before, after, count in (
-            (vae.VAE, beta_vae.BetaVAE, 2), (vae.VAE, conv_vae.ConvVAE, 13),
+            (vae.VAE, beta_vae.BetaVAE, 2), (vae.VAE, conv_vae.ConvVAE, 12),
             (conv_vae.ConvVAE, cvae.CVAE, 18),
             (vae.train, beta_vae.train, 5), (vae.train, conv_vae.train, 8),
             (conv_vae.train, cvae.train, 9), (vae.test, beta_vae.test, 0),
@@ -1406,14 +1402,18 @@ def test_image_grid_puts_every_image_in_its_cell_and_refuses_other_shapes(tmp_pa
 
 def test_pictures_do_not_depend_on_the_users_matplotlib_settings(tmp_path, tiny):
     drawn, model = [], small(vae, 2)
+
+    @data.command
+    def main():
+        data.image_grid(tiny.test_images[:6].view(2, 3, 28, 28), tmp_path / "a.png")
+        data.plot_curves([dict.fromkeys(("recon", "kl", "val_recon", "val_kl"), 1)],
+                         tmp_path / "b.png")
+        beta_vae.plot_tradeoff({1.0: {"kl": 1.0, "recon": 2.0}}, tmp_path / "c.png")
+        vae.draw_map(model, tiny, tmp_path / "d.png")
     for settings in ({}, {"savefig.format": "pdf", "image.origin": "lower", "axes.grid": True,
                           "figure.facecolor": "red", "text.usetex": True, "font.size": 30}):
         with matplotlib.rc_context(settings):
-            data.image_grid(tiny.test_images[:6].view(2, 3, 28, 28), tmp_path / "a.png")
-            data.plot_curves([dict.fromkeys(("recon", "kl", "val_recon", "val_kl"), 1)],
-                             tmp_path / "b.png")
-            beta_vae.plot_tradeoff({1.0: {"kl": 1.0, "recon": 2.0}}, tmp_path / "c.png")
-            vae.draw_map(model, tiny, tmp_path / "d.png")
+            main()
         drawn.append([(tmp_path / f"{name}.png").read_bytes() for name in "abcd"])
     assert drawn[0] == drawn[1] and all(png.startswith(b"\x89PNG") for png in drawn[0])
 
@@ -1464,7 +1464,7 @@ MISTAKES = {
     test_attributes_of_a_drawn_rectangle: [
         ([beta_vae], "x[:, :14].sum((1, 2))", "x[:, 14:].sum((1, 2))")],
     test_gap_is_one_for_latents_of_their_own_and_zero_for_shared_ones: [
-        ([beta_vae], "ordered[1] if", "ordered[-1] if")],
+        ([beta_vae], "- ordered[1])", "- ordered[-1])")],
     test_random_axes_are_rotations_of_latents_of_equal_spread_and_differ: [
         ([beta_vae], "torch.linalg.qr(gaussian).Q", "gaussian"),
         ([beta_vae], "scaled = mu / mu.std(dim=0)", "scaled = mu")],

@@ -37,7 +37,7 @@ all rounded. recon is a cross-entropy with grey pixels as targets. It is not 0 e
 predictions are perfect, but 189.86, the entropy floor; recon is 31.95 above it, the excess.
 9 of the 20 latents are active: their mu differs from image to image. The others would lower recon
 by less than their KL, so their q(z | x) stays N(0, 1). Reconstructions have the right shape, but
-are blurred.
+are blurred: many images fit the same z, and the best p_i is the mean of pixel i over all of them.
 Try: in elbo_terms, turn the `.sum(1)` of recon into `.mean(1)`, a common mistake, and run with
 --out try (a folder of its own). The KL then weighs 784 times too much. How do the samples look?
 """
@@ -51,7 +51,8 @@ import data
 # ---------------------------------------------------------------- the model
 
 class Residual(torch.nn.Module):
-    """x + F(x): F, the given layers, learns only a change (He et al. 2016, arXiv:1603.05027)."""
+    """x + F(x): F, the given layers, learns only a change. The activation comes first in F, so that
+    x itself passes as it is (He et al. 2016, arXiv:1603.05027)."""
 
     def __init__(self, *layers):
         super().__init__()
@@ -63,7 +64,8 @@ class Residual(torch.nn.Module):
 
 class VAE(torch.nn.Module):
     """Images in [0, 1] -> logits, both (B, 1, 28, 28), through z (B, latent_dim). B: batch size.
-    LayerNorm and Residual are not needed for a VAE, but lower the loss: see results/README.md."""
+    A VAE does not need LayerNorm and Residual. But without LayerNorm, some images are reconstructed
+    very badly, and Residual lowers the loss by more than a nat."""
 
     def __init__(self, latent_dim=20, hidden=512):
         super().__init__()
@@ -112,11 +114,11 @@ class VAE(torch.nn.Module):
 def elbo_terms(logits, x, mu, logvar):
     """The two parts of the negative ELBO (Kingma & Welling, eq. 10) in nats: sums, never means,
     over pixels and latents. logits, x (B, 1, 28, 28), mu, logvar (B, latent_dim) -> (B,) each."""
-    # The decoder says with which probability p_i = sigmoid(logit_i) pixel i is white, and so
+    # Given z, each pixel is white (1) or black (0), independently of the others; pixel i is white
+    # with probability p_i = sigmoid(logit_i). So p(x | z) is a product of p_i and 1 - p_i, and
     #     recon = -log p(x | z) = -sum_i [ x_i log p_i + (1 - x_i) log(1 - p_i) ]
-    # if each x_i is 1 (white) or 0 (black). Ours are grey: recon is the mean of this over black and
-    # white copies of the image, in which pixel i is white with probability x_i. The bound holds for
-    # any q, so for each copy, too; hence -log p(x) here means the mean of -log p of such copies.
+    # Our pixels are grey, x_i between 0 and 1, and we keep the formula. p(x | z) is then no true
+    # probability (over all grey images it does not add up to 1), but the bound holds all the same.
     recon = torch.nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="none")
     recon = recon.flatten(1).sum(1)                                         # (B,)
     # For one latent, log q(z | x) = -1/2 [ (z - mu)^2 / sigma^2 + log sigma^2 + log 2 pi ], and
@@ -185,6 +187,7 @@ def train(model, train_images, val_images, epochs, batch_size, lr):
         print(f"epoch {epoch}/{epochs}: training"
               f" recon {mean_recon:.2f} KL {mean_kl:.2f} total {mean_recon + mean_kl:.2f},"
               f" validation recon {val['recon']:.2f} KL {val['kl']:.2f} total {val['total']:.2f},"
+              f" {val['active']} latents active,"
               f" {time.perf_counter() - start:.0f} s", flush=True)
     return history
 
@@ -192,7 +195,7 @@ def train(model, train_images, val_images, epochs, batch_size, lr):
 @torch.no_grad()
 def test(model, images, batch_size=1000):
     """Mean recon, kl and total of images (N, 1, 28, 28), and how many latents are active.
-    As in training, z is one draw from q(z | x), not mu. The total is always recon + KL."""
+    As in training, z is one draw from q(z | x), not mu. The total gives the KL no weight."""
     check_images(images)
     model.eval()
     device = next(model.parameters()).device
@@ -228,7 +231,6 @@ def draw_pictures(model, dataset, history, stem):
     data.plot_curves(history, f"{stem}-curves.png")
 
 
-@data.default_style                                     # of matplotlib, not the user's
 @torch.no_grad()
 def draw_map(model, dataset, path):
     """The map of a latent space with two dimensions (after Kingma & Welling, figure 4). Left: where
