@@ -278,7 +278,7 @@ def analyse(model, images):
 def plot_tradeoff(sweep, path):
     """KL against recon, a point for each beta. sweep: {beta: what test() and analyse() found}."""
     figure = data.Figure((6, 4.2), dpi=110, layout="constrained")
-    axes = figure.add_subplot(title="A small beta lets z tell more, so images are sharper",
+    axes = figure.add_subplot(title="A small beta: z tells more, reconstructions are sharper",
                               xlabel="KL, the rate, in nats", xmargin=0.25,
                               ylabel="recon, the distortion, in nats")
     axes.plot([found["kl"] for found in sweep.values()],
