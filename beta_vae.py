@@ -21,9 +21,9 @@ that the training found were nothing special.
 
 You should see (full data, seed 0), from beta = 0.25 to 16, recon rise from 219.16 to 272.13 nats on
 the test images and KL fall from 23.43 to 2.82. For beta = 1 the gap is larger than along random
-axes (0.202 and 0.137), for 4 it is not (0.224 and 0.270). Both grow, since fewer latents are active
-and share the attributes; but their difference does not (the report has five seeds). So we see no
-disentanglement by a large beta.
+axes (0.202 and 0.137), for 4 it is not (0.224 and 0.270). Both are larger for 4, which leaves fewer
+latents active: the best one has fewer rivals. But their difference is not (see results/README.md
+for five seeds). So we see no disentanglement by a large beta.
 Try: --betas 0 1 --epochs 3 --out try. With 0, nothing pulls z to the prior: how many latents are
 active, and what do they cost?
 """
@@ -40,8 +40,8 @@ ATTRIBUTES = ["ink", "width", "height", "symmetry", "top"]
 # ---------------------------------------------------------------- the model
 
 class Residual(torch.nn.Module):
-    """x + F(x): F, the given layers, learns only a change. The activation comes first in F, so that
-    x itself passes as it is (He et al. 2016, arXiv:1603.05027)."""
+    """x + F(x): F, the given layers, learns only a change. F begins with its activation, and none
+    follows the sum, so that x can pass as it is (He et al. 2016, arXiv:1603.05027)."""
 
     def __init__(self, *layers):
         super().__init__()
@@ -107,7 +107,8 @@ def elbo_terms(logits, x, mu, logvar):
     # with probability p_i = sigmoid(logit_i). So p(x | z) is a product of p_i and 1 - p_i, and
     #     recon = -log p(x | z) = -sum_i [ x_i log p_i + (1 - x_i) log(1 - p_i) ]
     # Our pixels are grey, x_i between 0 and 1, and we keep the formula. p(x | z) is then no true
-    # probability (over all grey images it does not add up to 1), but the bound holds all the same.
+    # probability (over all grey images it does not add up to 1), but it is positive, and the proof
+    # of the bound needs nothing else.
     recon = torch.nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="none")
     recon = recon.flatten(1).sum(1)                                         # (B,)
     # For one latent, log q(z | x) = -1/2 [ (z - mu)^2 / sigma^2 + log sigma^2 + log 2 pi ], and
@@ -185,7 +186,7 @@ def train(model, train_images, val_images, epochs, batch_size, lr, beta):
 @torch.no_grad()
 def test(model, images, batch_size=1000):
     """Mean recon, kl and total of images (N, 1, 28, 28), and how many latents are active.
-    As in training, z is one draw from q(z | x), not mu. The total gives the KL no weight."""
+    As in training, z is one draw from q(z | x), not mu. The weight of the KL is always 1 here."""
     check_images(images)
     model.eval()
     device = next(model.parameters()).device
@@ -234,7 +235,7 @@ def gap(correlations):
     every kind of dependence; |r|, which we take in its place, only the linear one."""
     # two latents more, which go with nothing, so that there always is a best and a second best
     padded = torch.cat([correlations, torch.zeros(2, correlations.shape[1])])
-    ordered = padded.sort(dim=0, descending=True).values                    # the largest first
+    ordered = padded.sort(dim=0, descending=True).values
     return (ordered[0] - ordered[1]).mean().item()
 
 
@@ -242,7 +243,7 @@ def rotated_gaps(mu, values, rotations=20):
     """The gaps of mu (N, D) and values (N, K) after random rotations of mu, as a list. Each latent
     is first scaled to a standard deviation of 1, which changes no correlation. Otherwise the latent
     that varies most would dominate all rotated axes, so that best and second best hardly differ."""
-    scaled = mu / mu.std(dim=0).clamp(min=1e-6)         # never by 0
+    scaled = mu / mu.std(dim=0).clamp(min=1e-6)         # never 0
     generator = torch.Generator().manual_seed(0)
     gaps = []
     for _ in range(rotations):
@@ -276,7 +277,7 @@ def analyse(model, images):
 # ---------------------------------------------------------------- the pictures
 
 def plot_tradeoff(sweep, path):
-    """KL against recon, a point for each beta. sweep: {beta: what test() and analyse() found}."""
+    """KL against recon, a point for each beta. sweep: {beta: its model, and what was measured}."""
     figure = data.Figure((6, 4.2), dpi=110, layout="constrained")
     axes = figure.add_subplot(title="A small beta: z tells more, reconstructions are sharper",
                               xlabel="KL, the rate, in nats", xmargin=0.25,
@@ -286,6 +287,7 @@ def plot_tradeoff(sweep, path):
     for beta, found in sweep.items():
         axes.annotate(f"beta {beta:g}", (found["kl"], found["recon"]), (9, 2),
                       textcoords="offset points")
+    axes.set_xlim(left=0)
     data.save_figure(figure, path)
 
 
@@ -293,7 +295,7 @@ def plot_tradeoff(sweep, path):
 def draw_traversals(sweep, image, path):
     """Decode the z of one image (1, 1, 28, 28) while one latent, a row, moves from -3 to 3."""
     figure = data.Figure((2.6 * len(sweep), 4.6), dpi=120, layout="constrained")
-    figure.suptitle("One latent a row moves from -3 to 3. At the left: its KL, in nats")
+    figure.suptitle("One latent a row moves from -3 to 3. At the left: its mean KL, in nats")
     for i, (beta, found) in enumerate(sweep.items(), 1):
         mu, _ = found["model"].encode(image)            # (1, D)
         kl = found["kl_of_latents"]                     # (D,)
@@ -371,7 +373,7 @@ def main(argv=None, dataset=None):
         metrics["seconds"] = time.perf_counter() - start
         data.print_test(metrics, dataset, args.latent_dim)
 
-        path = data.run_path(f"{args.script}-beta{beta}", args, dataset.source)
+        path = data.run_path(args, dataset.source, f"-beta{beta}")
         data.save_checkpoint(path, args, dataset.source, metrics, model.state_dict(), beta=beta)
         print(f"-> {path}")
         paths.append(path)
@@ -382,7 +384,7 @@ def main(argv=None, dataset=None):
     for beta, found in sweep.items():
         print(f"{beta:<8g}{found['recon']:8.2f}{found['kl']:8.2f}{found['total']:8.2f}"
               f"{found['active']:8}{found['gap']:8.3f}{found['rotated_gap']:13.3f}")
-    stem = data.run_path(args.script, args, dataset.source).with_suffix("")
+    stem = data.run_path(args, dataset.source).with_suffix("")
     if args.betas != BETAS:
         stem = f"{stem}-betas" + "-".join(f"{beta:g}" for beta in args.betas)
     plot_tradeoff(sweep, f"{stem}-tradeoff.png")

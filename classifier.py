@@ -127,7 +127,6 @@ def augment(images, generator):
         if random(0, 1):
             x = x.flip(2)
         if random(0, 1):
-            x = x.clone()                               # so that the training image stays as it is
             row, column, grey = random(0, 27), random(0, 27), random(0, 255) / 255
             x[:, row:row + random(4, 12), column:column + random(4, 12)] = grey
         augmented.append(x)
@@ -209,7 +208,7 @@ def main(argv=None, dataset=None):
     accuracy = train(model, dataset.train_images, dataset.train_labels,
                      dataset.val_images, dataset.val_labels, args.epochs, args.batch_size, args.lr,
                      torch.Generator().manual_seed(args.seed))
-    path = data.run_path(args.script, args, dataset.source)
+    path = data.run_path(args, dataset.source)
     # matrices and kernels are stored as float16, which halves the file
     halved = {name: value.half() if value.dim() > 1 else value
               for name, value in model.state_dict().items()}

@@ -36,8 +36,8 @@ import data
 # ---------------------------------------------------------------- the model
 
 class Residual(torch.nn.Module):
-    """x + F(x): F, the given layers, learns only a change. The activation comes first in F, so that
-    x itself passes as it is (He et al. 2016, arXiv:1603.05027)."""
+    """x + F(x): F, the given layers, learns only a change. F begins with its activation, and none
+    follows the sum, so that x can pass as it is (He et al. 2016, arXiv:1603.05027)."""
 
     def __init__(self, *layers):
         super().__init__()
@@ -110,7 +110,8 @@ def elbo_terms(logits, x, mu, logvar):
     # with probability p_i = sigmoid(logit_i). So p(x | z) is a product of p_i and 1 - p_i, and
     #     recon = -log p(x | z) = -sum_i [ x_i log p_i + (1 - x_i) log(1 - p_i) ]
     # Our pixels are grey, x_i between 0 and 1, and we keep the formula. p(x | z) is then no true
-    # probability (over all grey images it does not add up to 1), but the bound holds all the same.
+    # probability (over all grey images it does not add up to 1), but it is positive, and the proof
+    # of the bound needs nothing else.
     recon = torch.nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="none")
     recon = recon.flatten(1).sum(1)                                         # (B,)
     # For one latent, log q(z | x) = -1/2 [ (z - mu)^2 / sigma^2 + log sigma^2 + log 2 pi ], and
@@ -166,7 +167,7 @@ def train(model, train_images, train_labels, val_images, val_labels, epochs, bat
     steps = epochs * math.ceil(len(train_images) / batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps,
                                                    cycle_momentum=False)    # do not move beta1
-    step = 0                                            # goes on through all epochs
+    step = 0
     history, start = [], time.perf_counter()
     for epoch in range(1, epochs + 1):
         model.train()
@@ -204,7 +205,7 @@ def train(model, train_images, train_labels, val_images, val_labels, epochs, bat
 @torch.no_grad()
 def test(model, images, labels, batch_size=1000):
     """Mean recon, kl, total of images (N, 1, 28, 28), labels (N,), and how many latents are active.
-    As in training, z is one draw from q(z | x, y), not mu. The total gives the KL no weight."""
+    As in training, z is a draw from q(z | x, y), not mu. The weight of the KL is always 1 here."""
     check_images(images)
     check_labels(labels, images)
     model.eval()
@@ -292,7 +293,7 @@ def main(argv=None, dataset=None):
     data.print_test(metrics, dataset, args.latent_dim)
     print(f"total + log 10 = {metrics['total'] + math.log(10):.2f}, to compare with a VAE")
 
-    path = data.run_path(args.script, args, dataset.source)
+    path = data.run_path(args, dataset.source)
     data.save_checkpoint(path, args, dataset.source, metrics, model.state_dict())
     stem = path.with_suffix("")
     draw_pictures(model, dataset, history, stem)

@@ -217,9 +217,9 @@ def read_flags(parser, argv):
         numbers = value if isinstance(value, list) else [value]
         if value is not None and not all(low <= number <= high for number in numbers):
             raise UserError(f"--{name}: choose a number from {low} to {high}".replace("_", "-"))
-    try:                                                # no training shall fail at its end
+    try:        # write an empty file now, so that no training fails at its end
         args.out = args.out.expanduser()
-        write_file(args.out / f"probe-{os.getpid()}", b"").unlink(missing_ok=True)
+        write_file(args.out / f"probe-{os.getpid()}", b"").unlink()
     except (ValueError, RuntimeError) as error:         # whatever is wrong with that folder
         raise UserError(f"--out: {error}")
     if "device" in args:
@@ -242,7 +242,8 @@ def pick_device(name="auto"):
     try:
         torch.zeros(1, device=name).item()
     except Exception as error:  # whatever torch says, this device cannot be used
-        raise UserError(f"no device {name} here ({error!s:.80}); choose --device auto or cpu")
+        reason = str(error)[:80]
+        raise UserError(f"no device {name} here ({reason}); choose --device auto or cpu")
     return torch.device(name)
 
 
@@ -261,10 +262,10 @@ def print_test(metrics, dataset, latent_dim):
     print(f"{metrics['active']} of {latent_dim} latents active; {metrics['seconds']:.0f} seconds")
 
 
-def run_path(name, args, source):
-    """Where a model is saved. Every setting that is not the default stands in the name, so that no
-    trial replaces the real model."""
-    return args.out / f"{name}-{source}-seed{args.seed}{args.changes}.pt"
+def run_path(args, source, end=""):
+    """Where a script saves its model (end: which of several). Every setting that is not the default
+    stands in the name, so that no trial replaces the real model."""
+    return args.out / f"{args.script}{end}-{source}-seed{args.seed}{args.changes}.pt"
 
 
 def save_checkpoint(path, args, source, metrics, state_dict, **more):
@@ -296,17 +297,15 @@ def load_model(path, script, make, device):
     unusable. make(config) gives a new model of the same size."""
     try:
         meta = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # absent, damaged, or no checkpoint, in whatever way
-        raise UserError(f"{path}: not usable ({error!r:.80}); restore it, or rerun {script}.py")
-    if not isinstance(meta, dict) or meta.get("script") != script:
-        raise UserError(f"{path}: not a checkpoint that {script}.py saved")
-    try:
+        if meta["script"] != script:
+            raise ValueError(f"saved by {meta['script']}.py")
         model = make(meta["config"])
         model.load_state_dict(meta["state_dict"])
-    except Exception as error:  # torch says which names or shapes differ
-        raise UserError(f"{path}: not the weights of this model; train it again ({error!s:.300})")
-    if not all(weights.isfinite().all() for weights in model.state_dict().values()):
-        raise UserError(f"{path}: some weights are not finite; train the model again")
+        if not all(weights.isfinite().all() for weights in model.state_dict().values()):
+            raise ValueError("some weights are not finite")
+    except Exception as error:  # absent, damaged, or something else, in whatever way
+        reason = repr(error)[:300]
+        raise UserError(f"{path}: not a model of {script}.py ({reason}); train it again")
     return model.eval().to(pick_device(device)), meta
 
 

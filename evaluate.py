@@ -4,16 +4,15 @@ Trains what is not trained yet, and measures everything on the same test images.
 trained on them, and no setting was chosen by them. A classifier (classifier.py) judges the images:
 
     fid        how far drawn images are from real ones, as sets; see frechet_distance
-    control    the share in which the classifier recognises the class asked for (or reconstructed)
+    control    the share of images in which the classifier recognises the class asked for
     diversity  how varied the images of a class are; 1 is as varied as real ones
 
-Where does a bad image come from? We decode z of three sources; the names of numbers end in them:
+Where does a bad image come from? We decode z of three sources, and measure the fid of each:
 
-    _decoded   z of the test images: what is bad is the decoder's fault
-    _ex_post   z from a mixture of Gaussians fitted to real z: what is worse is the mixture's fault
-    _prior     z from N(0, I): what is worse still is the fault of the prior. The z of all images
-               together are not spread like it, so some draws lie where no decoder was trained
-    _swap      only for the CVAE: z of the test images, decoded as other classes
+    fid_decoded   z of the test images: what is bad is the decoder's fault
+    fid_ex_post   z from a mixture of Gaussians fitted to real z: what is worse is the mixture's
+    fid_prior     z from N(0, I): what is worse still is the fault of the prior. The z of all images
+                  together are not spread like it, so some draws lie where no decoder was trained
 
     python evaluate.py          # 20 minutes on two CPU cores; a second call only measures again
 
@@ -78,7 +77,7 @@ def frechet_distance(features_a, features_b):
         FID  =  |m_a - m_b|^2  +  tr( S_a + S_b - 2 (S_a S_b)^1/2 )
 
     m: mean, S: covariance, tr: sum of the diagonal. Of one feature with standard deviation s, this
-    is (m_a - m_b)^2 + (s_a - s_b)^2. UserError unless N, M > D and all is finite."""
+    is (m_a - m_b)^2 + (s_a - s_b)^2. UserError unless N, M > D: fewer cannot determine S."""
     for features in (features_a, features_b):
         if len(features) <= features.shape[1] or not features.isfinite().all():
             raise data.UserError(f"features of shape {tuple(features.shape)}: they must be finite,"
@@ -182,8 +181,8 @@ def sample_gmm(mixture, count):
 
 def sample_ex_post_prior(model, labels, dataset):
     """z (N, latent_dim) from the ex-post prior (Ghosh et al. 2020, arXiv:1903.12436): a mixture of
-    50 Gaussians, fitted to one z of each training image. A CVAE needs z that fit the class, and
-    has one Gaussian for each. So compare the sources of one model, not the mixtures of two."""
+    50 Gaussians, fitted to one z of each training image. A CVAE, which needs z for a class, has one
+    Gaussian for each class instead."""
     real_z = draw_z(model, dataset.train_images, dataset.train_labels).cpu()
     if not is_conditional(model):
         return sample_gmm(fit_gmm(real_z, components=50), len(labels))
@@ -279,8 +278,9 @@ def cell(key, value):
 
 
 def noise(rows, key):
-    """By how much two equally good trainings may differ by chance: two standard deviations of their
-    difference, whose variance is s^2 + s^2. s^2: variance over seeds, averaged over the rows."""
+    """By how much single trainings of two equally good models may differ by chance: two standard
+    deviations of their difference, whose variance is s^2 + s^2 (s^2 is that of the seeds, averaged
+    over the rows). Means of several trainings differ less."""
     variances = [row[key]["std"] ** 2 for row in rows if isinstance(row.get(key), dict)]
     if not variances:
         return None                                     # unknown from one seed
@@ -299,7 +299,7 @@ def table(rows, columns):
 
 def report(results):
     """The tables with what is needed to read them, as lines of Markdown."""
-    lines = [", ".join(f"{name} {results[name]}" for name in ("data", "split", "seeds", "date"))]
+    lines = [f"data {results['data']}, split {results['split']}, seeds {results['seeds']}"]
     main_rows = [row for row in results["rows"] if row["beta"] is None]
     sweep = [row for row in results["rows"] if row["beta"] is not None]
     for rows, columns in ((main_rows, MAIN), (main_rows, IMAGES), (main_rows, CONTROL),
@@ -332,7 +332,7 @@ def find_or_train(script, args, seed, dataset):
             "--out", args.out]
     wanted = data.read_flags(script.flags(), argv)      # from these follow the names of the files
     ends = [f"-beta{beta}" for beta in beta_vae.BETAS] if script is beta_vae else [""]
-    paths = [data.run_path(wanted.script + end, wanted, dataset.source) for end in ends]
+    paths = [data.run_path(wanted, dataset.source, end) for end in ends]
     if not all(path.exists() for path in paths):
         script.main(argv, dataset=dataset)
     return paths, wanted.code
@@ -378,6 +378,7 @@ def main(argv=None):
                 rows.setdefault(row["model"], []).append(row)
                 if script is not beta_vae:
                     models.setdefault(row["model"], (model, row))           # of the first seed
+    # do the axes of z mean anything at all? Over all betas and seeds:
     differences = [row["difference"] for group in rows.values() for row in group if "gap" in row]
     yardsticks["difference of all β-VAEs: gap minus rotated gap"] = {
         "mean": mean(differences), "std": stdev(differences), "n": len(differences)}

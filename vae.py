@@ -37,7 +37,7 @@ all rounded. recon is a cross-entropy with grey pixels as targets. It is not 0 e
 predictions are perfect, but 189.86, the entropy floor; recon is 31.95 above it, the excess.
 9 of the 20 latents are active: their mu differs from image to image. The others would lower recon
 by less than their KL, so their q(z | x) stays N(0, 1). Reconstructions have the right shape, but
-are blurred: many images fit the same z, and the best p_i is the mean of pixel i over all of them.
+are blurred: many images fit the same z, and the decoder's best answer is the mean of all of them.
 Try: in elbo_terms, turn the `.sum(1)` of recon into `.mean(1)`, a common mistake, and run with
 --out try (a folder of its own). The KL then weighs 784 times too much. How do the samples look?
 """
@@ -51,8 +51,8 @@ import data
 # ---------------------------------------------------------------- the model
 
 class Residual(torch.nn.Module):
-    """x + F(x): F, the given layers, learns only a change. The activation comes first in F, so that
-    x itself passes as it is (He et al. 2016, arXiv:1603.05027)."""
+    """x + F(x): F, the given layers, learns only a change. F begins with its activation, and none
+    follows the sum, so that x can pass as it is (He et al. 2016, arXiv:1603.05027)."""
 
     def __init__(self, *layers):
         super().__init__()
@@ -118,7 +118,8 @@ def elbo_terms(logits, x, mu, logvar):
     # with probability p_i = sigmoid(logit_i). So p(x | z) is a product of p_i and 1 - p_i, and
     #     recon = -log p(x | z) = -sum_i [ x_i log p_i + (1 - x_i) log(1 - p_i) ]
     # Our pixels are grey, x_i between 0 and 1, and we keep the formula. p(x | z) is then no true
-    # probability (over all grey images it does not add up to 1), but the bound holds all the same.
+    # probability (over all grey images it does not add up to 1), but it is positive, and the proof
+    # of the bound needs nothing else.
     recon = torch.nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="none")
     recon = recon.flatten(1).sum(1)                                         # (B,)
     # For one latent, log q(z | x) = -1/2 [ (z - mu)^2 / sigma^2 + log sigma^2 + log 2 pi ], and
@@ -195,7 +196,7 @@ def train(model, train_images, val_images, epochs, batch_size, lr):
 @torch.no_grad()
 def test(model, images, batch_size=1000):
     """Mean recon, kl and total of images (N, 1, 28, 28), and how many latents are active.
-    As in training, z is one draw from q(z | x), not mu. The total gives the KL no weight."""
+    As in training, z is one draw from q(z | x), not mu. The weight of the KL is always 1 here."""
     check_images(images)
     model.eval()
     device = next(model.parameters()).device
@@ -234,8 +235,8 @@ def draw_pictures(model, dataset, history, stem):
 @torch.no_grad()
 def draw_map(model, dataset, path):
     """The map of a latent space with two dimensions (after Kingma & Welling, figure 4). Left: where
-    the encoder puts the test images, their mu; and as black ellipses the q(z | x) of ten of them,
-    two sigma around mu. Right: the images that the decoder gives for each place."""
+    the encoder puts the test images, their mu; and as black ellipses the q(z | x) of one of each
+    class, two sigma around mu. Right: the images that the decoder gives for each place."""
     device = next(model.parameters()).device
     mu, logvar = model.encode(dataset.test_images.to(device))               # (N, 2) each
     mu, sigma = mu.cpu(), torch.exp(0.5 * logvar).cpu()
@@ -245,7 +246,7 @@ def draw_map(model, dataset, path):
     for c, name in enumerate(data.CLASSES):
         z0, z1 = mu[dataset.test_labels == c].T.numpy()
         left.scatter(z0, z1, s=2, color=f"C{c}", label=name)
-    left.legend(loc="upper right", fontsize=8, markerscale=4)
+    figure.legend(loc="outside lower center", ncols=10, markerscale=4)
     angle = torch.linspace(0, 2 * math.pi, 100)
     for i in data.one_of_each_class(dataset.test_labels)[0]:
         left.plot(mu[i, 0] + 2 * sigma[i, 0] * angle.cos(),
@@ -300,7 +301,7 @@ def main(argv=None, dataset=None):
     metrics["seconds"] = time.perf_counter() - start
     data.print_test(metrics, dataset, args.latent_dim)
 
-    path = data.run_path(args.script, args, dataset.source)
+    path = data.run_path(args, dataset.source)
     data.save_checkpoint(path, args, dataset.source, metrics, model.state_dict())
     stem = path.with_suffix("")
     draw_pictures(model, dataset, history, stem)
