@@ -235,8 +235,9 @@ def draw_pictures(model, dataset, history, stem):
 @torch.no_grad()
 def draw_map(model, dataset, path):
     """The map of a latent space with two dimensions (after Kingma & Welling, figure 4). Left: where
-    the encoder puts the test images, their mu; and as black ellipses the q(z | x) of one of each
-    class, two sigma around mu. Right: the images that the decoder gives for each place."""
+    the encoder puts the test images, their mu; the q(z | x) of one of each class, as black ellipses
+    of two sigma around mu; and the prior, as a dashed circle of radius two. Right: the images that
+    the decoder gives for each place."""
     device = next(model.parameters()).device
     mu, logvar = model.encode(dataset.test_images.to(device))               # (N, 2) each
     mu, sigma = mu.cpu(), torch.exp(0.5 * logvar).cpu()
@@ -248,6 +249,7 @@ def draw_map(model, dataset, path):
         left.scatter(z0, z1, s=2, color=f"C{c}", label=name)
     figure.legend(loc="outside lower center", ncols=10, markerscale=4)
     angle = torch.linspace(0, 2 * math.pi, 100)
+    left.plot(2 * angle.cos(), 2 * angle.sin(), "--", color="black")        # around the prior
     for i in data.one_of_each_class(dataset.test_labels)[0]:
         left.plot(mu[i, 0] + 2 * sigma[i, 0] * angle.cos(),
                   mu[i, 1] + 2 * sigma[i, 1] * angle.sin(), color="black")
