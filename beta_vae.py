@@ -7,7 +7,8 @@ large beta makes z expensive: z tells little, and the image is blurred. Each mod
 its own beta, but for all of them we report recon + KL, since totals that are weighted differently
 cannot be compared. (In the literature on this trade-off the KL is called the rate and recon the
 distortion: Alemi et al. 2018, arXiv:1711.00464.) The network is that of section 2, but with only 10
-latents and 8 epochs, to be quick: its totals do not compare with those of section 2.
+latents and 8 epochs, to be quick: its totals do not compare with those of section 2. Up to test(),
+`diff vae.py beta_vae.py` shows nothing else but beta; what follows there is new.
 
 What does each latent, each dimension of z, learn? Traversals show it (decode z while one latent
 moves), and so does the correlation of each latent with five attributes of the image, such as its
@@ -24,8 +25,7 @@ the test images and KL fall from 23.43 to 2.82. For beta = 1 the gap is larger t
 axes (0.202 and 0.137), for 4 it is not (0.224 and 0.270). Both are larger for 4, which leaves fewer
 latents active: the best one has fewer rivals. But their difference is not (see results/README.md
 for five seeds). So we see no disentanglement by a large beta.
-Try: --betas 0 1 --epochs 3 --out try. With 0, nothing pulls z to the prior: how many latents are
-active, and what do they cost?
+Try: --betas 0 1 --epochs 3 --out try. With 0, nothing pulls z to the prior. What does that gain?
 """
 import math
 import time
@@ -40,8 +40,8 @@ ATTRIBUTES = ["ink", "width", "height", "symmetry", "top"]
 # ---------------------------------------------------------------- the model
 
 class Residual(torch.nn.Module):
-    """x + F(x): F, the given layers, learns only a change. F begins with its activation, and none
-    follows the sum, so that x can pass as it is (He et al. 2016, arXiv:1603.05027)."""
+    """x + F(x): F, the given layers, learns only a change. F begins with its activation, so that
+    none lies between one sum and the next (He et al. 2016, arXiv:1603.05027)."""
 
     def __init__(self, *layers):
         super().__init__()
@@ -241,8 +241,8 @@ def gap(correlations):
 
 def rotated_gaps(mu, values, rotations=20):
     """The gaps of mu (N, D) and values (N, K) after random rotations of mu, as a list. Each latent
-    is first scaled to a standard deviation of 1, which changes no correlation. Otherwise the latent
-    that varies most would dominate all rotated axes, so that best and second best hardly differ."""
+    is first scaled to a standard deviation of 1. Otherwise all rotated axes would be nearly copies
+    of the latent that varies most, without any gap, and the axes of z would look special."""
     scaled = mu / mu.std(dim=0).clamp(min=1e-6)         # never 0
     generator = torch.Generator().manual_seed(0)
     gaps = []

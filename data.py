@@ -176,7 +176,7 @@ def command(main):
         except KeyboardInterrupt:
             message, code = "interrupted: what was saved is kept, the rest is lost", 130
         except BrokenPipeError:                         # as in `python vae.py | head`
-            os._exit(1)                                 # at once: nobody reads the rest
+            os._exit(1)                                 # sys.exit would print more, and fail again
         except (UserError, FloatingPointError, OSError) as error:
             message, code = error, 2
         except (RuntimeError, MemoryError) as error:

@@ -80,8 +80,7 @@ def frechet_distance(features_a, features_b):
     is (m_a - m_b)^2 + (s_a - s_b)^2. UserError unless N, M > D: fewer cannot determine S."""
     for features in (features_a, features_b):
         if len(features) <= features.shape[1] or not features.isfinite().all():
-            raise data.UserError(f"features of shape {tuple(features.shape)}: they must be finite,"
-                                 f" and of at least {features.shape[1] + 1} images")
+            raise data.UserError(f"features {tuple(features.shape)}: too few, or not finite")
     a, b = features_a.double(), features_b.double()
     mean_a, mean_b = a.mean(0), b.mean(0)                                   # (D,)
     cov_a = (a - mean_a).T @ (a - mean_a) / (len(a) - 1)                    # (D, D)
@@ -133,7 +132,8 @@ def importance_weighted_bound(model, images, labels, draws):
 
 def log_joint(z, weights, means, factors):
     """log p(k, z) = log( weight_k N(z | m_k, S_k) ) of z (N, D) for each component k: (K, N). The
-    factors (K, D, D) are triangular matrices L with L L^T = S. With u = L^-1 (z - m)
+    factors (K, D, D) are triangular matrices L with L L^T = S. With u = L^-1 (z - m), the usual
+    (z - m)^T S^-1 (z - m) is |u|^2; and as det S = (det L)^2,
 
         log N(z | m, S)  =  -1/2 |u|^2  -  log det L  -  D/2 log 2 pi
     """
@@ -282,9 +282,7 @@ def noise(rows, key):
     deviations of their difference, whose variance is s^2 + s^2 (s^2 is that of the seeds, averaged
     over the rows). Means of several trainings differ less."""
     variances = [row[key]["std"] ** 2 for row in rows if isinstance(row.get(key), dict)]
-    if not variances:
-        return None                                     # unknown from one seed
-    return 2 * math.sqrt(2 * mean(variances))
+    return 2 * math.sqrt(2 * mean(variances)) if variances else None    # unknown from one seed
 
 
 def table(rows, columns):
@@ -363,7 +361,7 @@ def main(argv=None):
         "fid of uniform noise": frechet_distance(real.features, uniform),
         "control of real images": controllability(real.recognised, labels)}
     seeds = sorted(set(args.seeds))
-    rows, models, stale = {}, {}, []                    # rows: {model: [a row for each seed]}
+    rows, models, differences, stale = {}, {}, [], []   # rows: {model: [a row for each seed]}
     for script in NAMES:
         for seed in seeds:
             paths, code = find_or_train(script, args, seed, dataset)
@@ -376,10 +374,11 @@ def main(argv=None):
                     print(stale[-1], flush=True)
                 row = measure(script, model, meta, dataset, real)
                 rows.setdefault(row["model"], []).append(row)
-                if script is not beta_vae:
+                if script is beta_vae:
+                    differences.append(row["difference"])
+                else:
                     models.setdefault(row["model"], (model, row))           # of the first seed
-    # do the axes of z mean anything at all? Over all betas and seeds:
-    differences = [row["difference"] for group in rows.values() for row in group if "gap" in row]
+    # of all betas and seeds: do the axes of z mean anything?
     yardsticks["difference of all β-VAEs: gap minus rotated gap"] = {
         "mean": mean(differences), "std": stdev(differences), "n": len(differences)}
     results = {"data": dataset.source, "split": args.split, "seeds": seeds, "epochs": args.epochs,

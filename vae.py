@@ -51,8 +51,8 @@ import data
 # ---------------------------------------------------------------- the model
 
 class Residual(torch.nn.Module):
-    """x + F(x): F, the given layers, learns only a change. F begins with its activation, and none
-    follows the sum, so that x can pass as it is (He et al. 2016, arXiv:1603.05027)."""
+    """x + F(x): F, the given layers, learns only a change. F begins with its activation, so that
+    none lies between one sum and the next (He et al. 2016, arXiv:1603.05027)."""
 
     def __init__(self, *layers):
         super().__init__()
