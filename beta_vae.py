@@ -8,7 +8,7 @@ its own beta, but for all of them we report recon + KL, since totals that are we
 cannot be compared. (In the literature on this trade-off the KL is called the rate and recon the
 distortion: Alemi et al. 2018, arXiv:1711.00464.) The network is that of section 2, but with only 10
 latents and 8 epochs, to be quick: its totals do not compare with those of section 2. Up to test(),
-`diff vae.py beta_vae.py` shows nothing else but beta; what follows there is new.
+`diff vae.py beta_vae.py` shows little else but beta; what follows there is new.
 
 What does each latent, each dimension of z, learn? Traversals show it (decode z while one latent
 moves), and so does the correlation of each latent with five attributes of the image, such as its
@@ -186,7 +186,8 @@ def train(model, train_images, val_images, epochs, batch_size, lr, beta):
 @torch.no_grad()
 def test(model, images, batch_size=1000):
     """Mean recon, kl and total of images (N, 1, 28, 28), and how many latents are active.
-    As in training, z is one draw from q(z | x), not mu. The weight of the KL is always 1 here."""
+    As in training, z is one draw from q(z | x), not mu. The other sections train with a weight on
+    the KL, but this total is recon + KL in all of them."""
     check_images(images)
     model.eval()
     device = next(model.parameters()).device
@@ -248,8 +249,7 @@ def rotated_gaps(mu, values, rotations=20):
     gaps = []
     for _ in range(rotations):
         gaussian = torch.randn(mu.shape[1], mu.shape[1], generator=generator)
-        # Q has perpendicular columns of length 1: a rotation (perhaps mirrored: |r| is the same).
-        # Normal numbers point in all directions alike, and so do these columns.
+        # QR makes its columns perpendicular and of length 1: a random rotation, perhaps mirrored
         rotation = torch.linalg.qr(gaussian).Q          # (D, D)
         gaps.append(gap(correlation(scaled @ rotation, values)))
     return gaps

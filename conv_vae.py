@@ -190,7 +190,8 @@ def train(model, train_images, val_images, epochs, batch_size, lr, warmup):
 @torch.no_grad()
 def test(model, images, batch_size=1000):
     """Mean recon, kl and total of images (N, 1, 28, 28), and how many latents are active.
-    As in training, z is one draw from q(z | x), not mu. The weight of the KL is always 1 here."""
+    As in training, z is one draw from q(z | x), not mu. The other sections train with a weight on
+    the KL, but this total is recon + KL in all of them."""
     check_images(images)
     model.eval()
     device = next(model.parameters()).device

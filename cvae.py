@@ -2,10 +2,10 @@
 
 Encoder and decoder are both told the label y. So we can ask the decoder for a class; and z is left
 with what y does not say, the style: brightness, width, sleeves. To tell the class in z as well
-would cost KL and gain nothing, since the decoder knows y. The loss is that of section 3, with KL
-warm-up (vae.py and conv_vae.py explain both), and everything is given y:
+would cost KL and gain nothing, since the decoder knows y. The loss is that of section 3, with w for
+the KL warm-up (vae.py and conv_vae.py explain all of it), and everything is given y:
 
-    loss  =  E_q[ -log p(x | z, y) ]  +  KL( q(z | x, y) || N(0, I) )
+    loss  =  E_q[ -log p(x | z, y) ]  +  w * KL( q(z | x, y) || N(0, I) )
 
 (Kingma et al. 2014, arXiv:1406.5298, model M2. Sohn et al. 2015, NeurIPS, eq. 4, learn a prior of z
 for each y; ours is N(0, I) for all y.) The encoder sees y as ten constant planes beside the patches
@@ -205,7 +205,8 @@ def train(model, train_images, train_labels, val_images, val_labels, epochs, bat
 @torch.no_grad()
 def test(model, images, labels, batch_size=1000):
     """Mean recon, kl, total of images (N, 1, 28, 28), labels (N,), and how many latents are active.
-    As in training, z is a draw from q(z | x, y), not mu. The weight of the KL is always 1 here."""
+    As in training, z is a draw from q(z | x, y), not mu. The other sections train with a weight on
+    the KL, but this total is recon + KL in all of them."""
     check_images(images)
     check_labels(labels, images)
     model.eval()

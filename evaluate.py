@@ -180,9 +180,9 @@ def sample_gmm(mixture, count):
 
 
 def sample_ex_post_prior(model, labels, dataset):
-    """z (N, latent_dim) from the ex-post prior (Ghosh et al. 2020, arXiv:1903.12436): a mixture of
-    50 Gaussians, fitted to one z of each training image. A CVAE, which needs z for a class, has one
-    Gaussian for each class instead."""
+    """z (N, latent_dim) from the ex-post prior, which is made after training (Ghosh et al. 2020,
+    arXiv:1903.12436): a mixture of 50 Gaussians, fitted to one z of each training image. A CVAE,
+    which needs z for a class, has one Gaussian for each class instead."""
     real_z = draw_z(model, dataset.train_images, dataset.train_labels).cpu()
     if not is_conditional(model):
         return sample_gmm(fit_gmm(real_z, components=50), len(labels))
@@ -220,8 +220,7 @@ def measure(script, model, meta, dataset, real):
     if is_conditional(model):
         row["control_prior"] = controllability(seen, real.labels)
         # of recognised images only, since wrong classes would count as variety
-        right = seen == real.labels
-        real_right = real.recognised == real.labels
+        right, real_right = seen == real.labels, real.recognised == real.labels
         row["diversity_prior"] = diversity(features[right], real.labels[right],
                                            real.features[real_right], real.labels[real_right])
     if script is beta_vae:                              # the question of section 4 is another one
@@ -270,7 +269,7 @@ def cell(key, value):
     """The text of one number in a table: shares in percent, others with two decimals."""
     if value is None:
         return "–"                                      # does not apply
-    if isinstance(value, dict):
+    if isinstance(value, dict):                         # float: decimals for whole numbers, too
         return f"{cell(key, float(value['mean']))}±{cell(key, float(value['std']))}"
     if isinstance(value, float):
         return f"{value:.1%}" if key.startswith("control") else f"{value:.2f}"
@@ -343,7 +342,7 @@ def main(argv=None):
     parser = data.Parser("evaluate", __doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the trainings")
     parser.add_argument("--epochs", type=int, help="of all trainings, for a trial")
-    parser.add_argument("--split", choices=("test", "val"), default="test", help="val: to choose")
+    parser.add_argument("--split", choices=("test", "val"), default="test", help="val: for choices")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     args = data.read_flags(parser, argv)
     dataset = data.load(args.data)
@@ -355,7 +354,7 @@ def main(argv=None):
     real = Real(images, labels, resnet, features, recognised)
     torch.manual_seed(0)
     uniform, _ = classifier.look(resnet, torch.rand_like(images))
-    yardsticks = {
+    yardsticks = {                                      # what would be good, and what hopeless
         "entropy floor": data.pixel_entropy(images).mean().item(),
         "fid of halves of the images": frechet_distance(real.features[::2], real.features[1::2]),
         "fid of uniform noise": frechet_distance(real.features, uniform),

@@ -33,8 +33,8 @@ averaged over images.
     python vae.py --latent-dim 2        # also draws its latent space, which then fits on paper
 
 You should see (full data, seed 0) a test total of 235.94 nats, that is recon 221.80 and KL 14.13,
-all rounded. recon is a cross-entropy with grey pixels as targets. It is not 0 even if all
-predictions are perfect, but 189.86, the entropy floor; recon is 31.95 above it, the excess.
+all rounded. As our pixels are grey, recon is not 0 even if all predictions are perfect, but 189.86,
+the entropy floor (data.py explains it); recon is 31.95 above it, the excess.
 9 of the 20 latents are active: their mu differs from image to image. The others would lower recon
 by less than their KL, so their q(z | x) stays N(0, 1). Reconstructions have the right shape, but
 are blurred: many images fit the same z, and the decoder's best answer is the mean of all of them.
@@ -196,7 +196,8 @@ def train(model, train_images, val_images, epochs, batch_size, lr):
 @torch.no_grad()
 def test(model, images, batch_size=1000):
     """Mean recon, kl and total of images (N, 1, 28, 28), and how many latents are active.
-    As in training, z is one draw from q(z | x), not mu. The weight of the KL is always 1 here."""
+    As in training, z is one draw from q(z | x), not mu. The other sections train with a weight on
+    the KL, but this total is recon + KL in all of them."""
     check_images(images)
     model.eval()
     device = next(model.parameters()).device
