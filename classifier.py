@@ -199,7 +199,7 @@ def flags():
 def main(argv=None, dataset=None):
     """Train, save, test what was saved. argv: a list of flags, or None for those of the command
     line; dataset: what data.load() gave, or None to load it. Returns the path of the checkpoint."""
-    args = data.read_flags(flags(), argv)
+    args = data.read_flags(flags(), argv)               # checked; and args.device is a device
     dataset = dataset or data.load(args.data)
 
     torch.manual_seed(args.seed)

@@ -196,8 +196,8 @@ def train(model, train_images, val_images, epochs, batch_size, lr):
 @torch.no_grad()
 def test(model, images, batch_size=1000):
     """Mean recon, kl and total of images (N, 1, 28, 28), and how many latents are active.
-    As in training, z is one draw from q(z | x), not mu. The other sections train with a weight on
-    the KL, but this total is recon + KL in all of them."""
+    As in training, z is one draw from q(z | x), not mu. In all sections, whatever weight the KL
+    has in training, the total is recon + KL."""
     check_images(images)
     model.eval()
     device = next(model.parameters()).device
@@ -290,7 +290,7 @@ def load_model(path, device="cpu"):
 def main(argv=None, dataset=None):
     """Train, test, save, draw. argv: a list of flags, or None for those of the command line;
     dataset: what data.load() gave, or None to load it. Returns the path of the checkpoint."""
-    args = data.read_flags(flags(), argv)
+    args = data.read_flags(flags(), argv)               # checked; and args.device is a device
     dataset = dataset or data.load(args.data)
 
     torch.manual_seed(args.seed)
