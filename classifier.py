@@ -140,8 +140,9 @@ def train(model, train_images, train_labels, val_images, val_labels, epochs, bat
     epoch. generator: of all random numbers. FloatingPointError if the loss is not finite."""
     for images, labels in ((train_images, train_labels), (val_images, val_labels)):
         check_images(images)
-        if labels.shape != (len(images),) or labels.min() < 0 or labels.max() > 9:
-            raise ValueError("give one label from 0 to 9 for each image, in a tensor (N,)")
+        if (labels.shape != (len(images),) or labels.dtype != torch.int64
+                or labels.min() < 0 or labels.max() > 9):
+            raise ValueError("give one label from 0 to 9 for each image, as (N,) of torch.int64")
     device = next(model.parameters()).device
     train_images, train_labels = train_images.to(device), train_labels.to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, nesterov=True,

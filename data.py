@@ -219,8 +219,9 @@ def read_flags(parser, argv):
             raise UserError(f"--{name}: choose a number from {low} to {high}".replace("_", "-"))
     try:        # write an empty file now, so that no training fails at its end
         args.out = args.out.expanduser()
-        write_file(args.out / f"probe-{os.getpid()}", b"").unlink()
-    except (ValueError, RuntimeError) as error:         # whatever is wrong with that folder
+        probe = write_file(args.out / f"probe-{os.getpid()}", b"")
+        probe.unlink()
+    except (UserError, ValueError, RuntimeError) as error:      # whatever is wrong with it
         raise UserError(f"--out: {error}")
     if "device" in args:
         args.device = pick_device(args.device)
@@ -278,7 +279,8 @@ def save_checkpoint(path, args, source, metrics, state_dict, **more):
 
 
 def write_file(path, content):
-    """Write bytes under another name, then rename: path is the old file or the new one, whole."""
+    """Write bytes under another name, then rename: path is the old file or the new one, whole.
+    Returns path."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

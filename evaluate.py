@@ -181,8 +181,8 @@ def sample_gmm(mixture, count):
 
 def sample_ex_post_prior(model, labels, dataset):
     """z (N, latent_dim) from the ex-post prior, which is made after training (Ghosh et al. 2020,
-    arXiv:1903.12436): a mixture of 50 Gaussians, fitted to one z of each training image. A CVAE,
-    which needs z for a class, has one Gaussian for each class instead."""
+    arXiv:1903.12436): a mixture of 50 Gaussians, fitted to one z of each training image. A CVAE has
+    one Gaussian for each class instead, as the z of a class are not spread like N(0, I), either."""
     real_z = draw_z(model, dataset.train_images, dataset.train_labels).cpu()
     if not is_conditional(model):
         return sample_gmm(fit_gmm(real_z, components=50), len(labels))
@@ -269,7 +269,8 @@ def cell(key, value):
     """The text of one number in a table: shares in percent, others with two decimals."""
     if value is None:
         return "–"                                      # does not apply
-    if isinstance(value, dict):                         # float: decimals for whole numbers, too
+    if isinstance(value, dict):
+        # float, as the mean of whole numbers may be whole
         return f"{cell(key, float(value['mean']))}±{cell(key, float(value['std']))}"
     if isinstance(value, float):
         return f"{value:.1%}" if key.startswith("control") else f"{value:.2f}"
@@ -295,7 +296,7 @@ def table(rows, columns):
 
 
 def report(results):
-    """The tables with what is needed to read them, as lines of Markdown."""
+    """The tables, yardsticks and warnings (see main) as lines of Markdown."""
     lines = [f"data {results['data']}, split {results['split']}, seeds {results['seeds']}"]
     main_rows = [row for row in results["rows"] if row["beta"] is None]
     sweep = [row for row in results["rows"] if row["beta"] is not None]
