@@ -14,7 +14,7 @@ Where does a bad image come from? We decode z of three sources, and measure the 
     fid_prior     z from N(0, I): what is worse still is the fault of the prior. The z of all images
                   together are not spread like it, so some draws lie where no decoder was trained
 
-    python evaluate.py          # 20 minutes on two CPU cores; a second call only measures again
+    python evaluate.py      # 20 to 30 minutes on two CPU cores; a second call only measures again
 
 You should see (full data, seed 0) that the Conv VAE has a smaller total than the MLP VAE, that for
 both fid_prior > fid_ex_post > fid_decoded, and a control_prior of the CVAE of 87 %.
