@@ -121,7 +121,7 @@ def augment(images, generator):
     def random(low, high):                              # a whole number from low to high
         return torch.randint(low, high + 1, (), generator=generator).item()
     augmented = []
-    for x in F.pad(images, (2, 2, 2, 2)):               # (1, 32, 32)
+    for x in F.pad(images, (2, 2, 2, 2)):               # (1, 32, 32), a copy of the image
         row, column = random(0, 4), random(0, 4)
         x = x[:, row:row + 28, column:column + 28]      # (1, 28, 28)
         if random(0, 1):

@@ -221,7 +221,7 @@ def read_flags(parser, argv):
         args.out = args.out.expanduser()
         probe = write_file(args.out / f"probe-{os.getpid()}", b"")
         probe.unlink()
-    except (UserError, ValueError, RuntimeError) as error:      # whatever is wrong with it
+    except (ValueError, RuntimeError) as error:         # (a UserError is a ValueError)
         raise UserError(f"--out: {error}")
     if "device" in args:
         args.device = pick_device(args.device)

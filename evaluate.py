@@ -1,7 +1,7 @@
-"""Section 6: the protocol. Every model measured by the same rules, side by side.
+"""Section 6: every model is measured by the same rules, side by side.
 
-Trains what is not trained yet, and measures everything on the same test images. No model was
-trained on them, and no setting was chosen by them. A classifier (classifier.py) judges the images:
+Trains what is missing, and measures all models on the same test images, which no training and no
+choice of settings has seen. A classifier (classifier.py) judges the images:
 
     fid        how far drawn images are from real ones, as sets; see frechet_distance
     control    the share of images in which the classifier recognises the class asked for
@@ -10,9 +10,8 @@ trained on them, and no setting was chosen by them. A classifier (classifier.py)
 Where does a bad image come from? We decode z of three sources, and measure the fid of each:
 
     fid_decoded   z of the test images: what is bad is the decoder's fault
-    fid_ex_post   z from a mixture of Gaussians fitted to real z: what is worse is the mixture's
-    fid_prior     z from N(0, I): what is worse still is the fault of the prior. The z of all images
-                  together are not spread like it, so some draws lie where no decoder was trained
+    fid_ex_post   z from a mixture of Gaussians fitted to real z: what is worse is its fault
+    fid_prior     z from N(0, I): what is worse still is due to gaps, where no real image has its z
 
     python evaluate.py      # 20 to 30 minutes on two CPU cores; a second call only measures again
 
@@ -80,7 +79,7 @@ def frechet_distance(features_a, features_b):
     is (m_a - m_b)^2 + (s_a - s_b)^2. UserError unless N, M > D: fewer cannot determine S."""
     for features in (features_a, features_b):
         if len(features) <= features.shape[1] or not features.isfinite().all():
-            raise data.UserError(f"features {tuple(features.shape)}: too few, or not finite")
+            raise data.UserError(f"features {tuple(features.shape)}: give more images, all finite")
     a, b = features_a.double(), features_b.double()
     mean_a, mean_b = a.mean(0), b.mean(0)                                   # (D,)
     cov_a = (a - mean_a).T @ (a - mean_a) / (len(a) - 1)                    # (D, D)
@@ -180,9 +179,9 @@ def sample_gmm(mixture, count):
 
 
 def sample_ex_post_prior(model, labels, dataset):
-    """z (N, latent_dim) from the ex-post prior, which is made after training (Ghosh et al. 2020,
-    arXiv:1903.12436): a mixture of 50 Gaussians, fitted to one z of each training image. A CVAE has
-    one Gaussian for each class instead, as the z of a class are not spread like N(0, I), either."""
+    """z (N, latent_dim) from the ex-post prior (Ghosh et al. 2020, arXiv:1903.12436), which is made
+    after training: 50 Gaussians, fitted to one z of each training image. A CVAE has one for each
+    class, as the z of a class are not spread like N(0, I), either."""
     real_z = draw_z(model, dataset.train_images, dataset.train_labels).cpu()
     if not is_conditional(model):
         return sample_gmm(fit_gmm(real_z, components=50), len(labels))
@@ -252,6 +251,7 @@ SIZE = ["model", "latent_dim", "params", "seconds"]
 MAIN = ["model", "active", "recon", "excess", "kl", "total", "iw_10"]
 IMAGES = ["model", "fid_prior", "fid_ex_post", "fid_decoded"]
 CONTROL = ["model", "control_prior", "control_swap", "control_decoded", "diversity_prior"]
+SHARES = ["control_prior", "control_swap", "control_decoded", "control of real images"]
 SWEEP = ["model", "active", "recon", "kl", "total", "fid_prior", "gap", "difference"]
 
 
@@ -266,14 +266,14 @@ def average(rows):
 
 
 def cell(key, value):
-    """The text of one number in a table: shares in percent, others with two decimals."""
+    """The text of one number in a table: SHARES in percent, others with two decimals."""
     if value is None:
         return "–"                                      # does not apply
     if isinstance(value, dict):
         # float, as the mean of whole numbers may be whole
         return f"{cell(key, float(value['mean']))}±{cell(key, float(value['std']))}"
     if isinstance(value, float):
-        return f"{value:.1%}" if key.startswith("control") else f"{value:.2f}"
+        return f"{value:.1%}" if key in SHARES else f"{value:.2f}"
     return f"{value:,}" if isinstance(value, int) else value
 
 
@@ -361,7 +361,8 @@ def main(argv=None):
         "fid of uniform noise": frechet_distance(real.features, uniform),
         "control of real images": controllability(real.recognised, labels)}
     seeds = sorted(set(args.seeds))
-    rows, models, differences, stale = {}, {}, [], []   # rows: {model: [a row for each seed]}
+    rows, models = {}, {}                               # rows: {model: [a row for each seed]}
+    differences, stale = [], []
     for script in NAMES:
         for seed in seeds:
             paths, code = find_or_train(script, args, seed, dataset)
