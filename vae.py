@@ -257,13 +257,13 @@ def draw_map(model, dataset, path):
 
     right = figure.add_subplot(1, 2, 2, title="What the decoder draws there",
                                xlabel="z0", ylabel="z1")
-    middles = torch.linspace(-2.85, 2.85, 20)           # of 20 cells from -3 to 3
+    middles = torch.linspace(-2.75, 2.75, 12)           # of 12 cells from -3 to 3
     rows = []
     for z1 in middles.flip(0):                          # the largest z1 is in the top row
-        z = torch.stack([middles, z1.expand(20)], dim=1)                    # (20, 2)
-        images = model.decode(z.to(device))[:, 0].sigmoid().cpu()           # (20, 28, 28)
-        rows.append(torch.cat(list(images), dim=1))     # (28, 560): 20 images side by side
-    right.imshow(torch.cat(rows).numpy(), cmap="gray", extent=(-3, 3, -3, 3))       # (560, 560)
+        z = torch.stack([middles, z1.expand(12)], dim=1)                    # (12, 2)
+        images = model.decode(z.to(device))[:, 0].sigmoid().cpu()           # (12, 28, 28)
+        rows.append(torch.cat(list(images), dim=1))     # (28, 336): 12 images side by side
+    right.imshow(torch.cat(rows).numpy(), cmap="gray", extent=(-3, 3, -3, 3))       # (336, 336)
     data.save_figure(figure, path)
 
 
