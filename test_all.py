@@ -350,11 +350,11 @@ def test_the_map_shows_each_place_where_it_is(tmp_path, sample, monkeypatch):
     points = np.concatenate([c.get_offsets() for c in left.collections])
     assert len(points) == len(sample.test_images)
     assert len(left.lines) == 11                            # a circle and ten ellipses
-    canvas = np.asarray(right.images[0].get_array())        # 12 x 12 images of 28 x 28 pixels
+    canvas = np.asarray(right.images[0].get_array())        # 16 x 16 images of 28 x 28 pixels
     assert (np.diff(canvas[14, 7::28]) > 0).all()           # z0 rises to the right ...
     assert (np.diff(canvas[14::28, 21]) < 0).all()          # ... and z1 upwards
-    assert right.images[0].get_extent() == [*left.get_xlim(), *left.get_ylim()] == [-3, 3, -3, 3]
-    assert canvas[14, 7] == pytest.approx(1 / (1 + math.exp(2.75)), abs=1e-3)   # the first place
+    assert right.images[0].get_extent() == [*left.get_xlim(), *left.get_ylim()] == [-4, 4, -4, 4]
+    assert canvas[14, 7] == pytest.approx(1 / (1 + math.exp(3.75)), abs=1e-3)   # the first place
 
 
 @warmed_up

@@ -242,9 +242,9 @@ def draw_map(model, dataset, path):
     device = next(model.parameters()).device
     mu, logvar = model.encode(dataset.test_images.to(device))               # (N, 2) each
     mu, sigma = mu.cpu(), torch.exp(0.5 * logvar).cpu()
-    figure = data.Figure((11, 5.5), dpi=75, layout="constrained")
+    figure = data.Figure((11, 5.5), dpi=100, layout="constrained")
     left = figure.add_subplot(1, 2, 1, title="Where the encoder puts the test images",
-                              xlabel="z0", ylabel="z1", xlim=(-3, 3), ylim=(-3, 3), aspect="equal")
+                              xlabel="z0", ylabel="z1", xlim=(-4, 4), ylim=(-4, 4), aspect="equal")
     for c, name in enumerate(data.CLASSES):
         z0, z1 = mu[dataset.test_labels == c].T.numpy()
         left.scatter(z0, z1, s=2, color=f"C{c}", label=name)
@@ -257,13 +257,13 @@ def draw_map(model, dataset, path):
 
     right = figure.add_subplot(1, 2, 2, title="What the decoder draws there",
                                xlabel="z0", ylabel="z1")
-    middles = torch.linspace(-2.75, 2.75, 12)           # of 12 cells from -3 to 3
+    middles = torch.linspace(-3.75, 3.75, 16)           # of 16 cells from -4 to 4
     rows = []
     for z1 in middles.flip(0):                          # the largest z1 is in the top row
-        z = torch.stack([middles, z1.expand(12)], dim=1)                    # (12, 2)
-        images = model.decode(z.to(device))[:, 0].sigmoid().cpu()           # (12, 28, 28)
-        rows.append(torch.cat(list(images), dim=1))     # (28, 336): 12 images side by side
-    right.imshow(torch.cat(rows).numpy(), cmap="gray", extent=(-3, 3, -3, 3))       # (336, 336)
+        z = torch.stack([middles, z1.expand(16)], dim=1)                    # (16, 2)
+        images = model.decode(z.to(device))[:, 0].sigmoid().cpu()           # (16, 28, 28)
+        rows.append(torch.cat(list(images), dim=1))     # (28, 448): 16 images side by side
+    right.imshow(torch.cat(rows).numpy(), cmap="gray", extent=(-4, 4, -4, 4))       # (448, 448)
     data.save_figure(figure, path)
 
 
