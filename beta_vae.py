@@ -293,20 +293,20 @@ def plot_tradeoff(sweep, path):
 
 @torch.no_grad()
 def draw_traversals(sweep, image, path):
-    """Decode the z of one image (1, 1, 28, 28) while one latent, a row, moves from -3 to 3."""
-    figure = data.Figure((2.6 * len(sweep), 4.6), dpi=120, layout="constrained")
-    figure.suptitle("One latent a row moves from -3 to 3. At the left: its mean KL, in nats")
+    """Decode the mu of one image (1, 1, 28, 28), then let one latent, a row, move from -3 to 3."""
+    figure = data.Figure((3 * len(sweep), 4.7), dpi=120, layout="constrained")
+    figure.suptitle("The image, decoded; then one latent a row, with its mean KL, moves from -3 to 3")
     for i, (beta, found) in enumerate(sweep.items(), 1):
         mu, _ = found["model"].encode(image)            # (1, D)
         kl = found["kl_of_latents"]                     # (D,)
         rows, titles = [], []
         for d in kl.argsort(descending=True).tolist():  # what tells most comes first
-            z = mu.repeat(5, 1)                         # (5, D)
-            z[:, d] = torch.linspace(-3, 3, 5)
-            rows.append(found["model"].decode(z).sigmoid())                 # (5, 1, 28, 28)
+            z = mu.repeat(6, 1)                         # (6, D): the first stays as it is
+            z[1:, d] = torch.linspace(-3, 3, 5)
+            rows.append(found["model"].decode(z).sigmoid())                 # (6, 1, 28, 28)
             titles.append(f"z{d}: {kl[d]:.2f}")
         data.draw_grid(figure.add_subplot(1, len(sweep), i), torch.stack(rows), f"beta {beta:g}",
-                       titles, ["-3", "-1.5", "0", "1.5", "3"])
+                       titles, ["mu", "-3", "-1.5", "0", "1.5", "3"])
     data.save_figure(figure, path)
 
 
