@@ -295,7 +295,7 @@ def plot_tradeoff(sweep, path):
 def draw_traversals(sweep, image, path):
     """Decode the mu of one image (1, 1, 28, 28), then let one latent, a row, move from -3 to 3."""
     figure = data.Figure((3 * len(sweep), 4.7), dpi=120, layout="constrained")
-    figure.suptitle("The image, decoded; then one latent a row, with its mean KL, moves from -3 to 3")
+    figure.suptitle("The image, decoded; then one latent a row (its mean KL) moves from -3 to 3")
     for i, (beta, found) in enumerate(sweep.items(), 1):
         mu, _ = found["model"].encode(image)            # (1, D)
         kl = found["kl_of_latents"]                     # (D,)

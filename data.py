@@ -307,7 +307,7 @@ def load_model(path, script, make, device):
             raise ValueError("some weights are not finite")
     except Exception as error:  # absent, damaged, or something else, in whatever way
         reason = repr(error)[:300]
-        raise UserError(f"{path}: not a model of {script}.py ({reason}); train it again")
+        raise UserError(f"{path}: cannot be loaded as a model of {script}.py ({reason}); train one")
     return model.eval().to(pick_device(device)), meta
 
 
