@@ -1246,7 +1246,7 @@ def test_the_snippets_of_the_readme_work(study, tmp_path, monkeypatch, sample):
     """Every Python block of README.md that imports something is run, in a folder in which there is
     what README.md says: trained models of vae.py and cvae.py, a picture, an array of images."""
     results, _ = study()
-    monkeypatch.setattr(data, "load", lambda source: sample)
+    monkeypatch.setattr(data, "load", lambda: sample)
     readme = (HERE / "README.md").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     Path("runs").mkdir()
