@@ -10,14 +10,14 @@ choice of settings has seen. A classifier (classifier.py) judges the images:
 Where does a bad image come from? We decode z of three sources, and measure the fid of each:
 
     fid_decoded   z of the test images: what is bad is the decoder's fault
-    fid_ex_post   z from a mixture of Gaussians fitted to real z: what is worse is its fault
-    fid_prior     z from N(0, I): what is worse still is due to gaps, where no real image has its z
+    fid_prior     z from N(0, I): what is worse is due to gaps, where no real image has its z
+    fid_ex_post   z from a mixture of Gaussians, fitted to real z: its draws avoid many gaps
 
     python evaluate.py      # 20 to 30 minutes on two CPU cores; a second call only measures again
 
 You should see (full data, seed 0) that the Conv VAE has a smaller total than the MLP VAE, that for
 both fid_prior > fid_ex_post > fid_decoded, and a control_prior of the CVAE of 87 %.
-Try: --data sample --epochs 3 --out try. What limits the Conv VAE most: decoder, mixture or prior?
+Try: --data sample --epochs 3 --out try. What limits the Conv VAE most, its decoder or the prior?
 """
 import json
 import math
