@@ -1246,9 +1246,11 @@ def test_the_snippets_of_the_readme_work(study, tmp_path, monkeypatch, sample):
     """Every Python block of README.md that imports something is run, in a folder in which there is
     what README.md says: trained models of vae.py and cvae.py, a picture, an array of images."""
     results, _ = study()
-    monkeypatch.setattr(data, "load", lambda: sample)
+    monkeypatch.setattr(data, "load", lambda source="auto": sample)
     readme = (HERE / "README.md").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
+    path = vae.main(["--epochs", 1, "--latent-dim", 2, "--out", "try2"], dataset=sample)
+    path.rename("try2/vae-sample-seed0-latent-dim2.pt")
     Path("runs").mkdir()
     for script in ("vae", "cvae"):
         shutil.copy(results.with_name(f"{script}-sample-seed0-epochs1.pt"),
@@ -1258,8 +1260,11 @@ def test_the_snippets_of_the_readme_work(study, tmp_path, monkeypatch, sample):
     figure.savefig("mine.png")
     np.save("mine.npy", np.random.RandomState(0).randint(0, 256, (300, 28, 28)).astype(np.uint8))
     for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL):
+        names = {}
         if "import" in block:
-            exec(block, {})
+            exec(block, names)
+        if "log_p" in names:                             # the total is an upper bound, and near
+            assert 0 < names["total"] + names["log_p"] < 20
     assert {"bags.png", "walk.png", "mine-decoded.png"} <= set(os.listdir())
     assert Path("runs/vae-trousers-bags-seed0-epochs3.pt").exists()
 
