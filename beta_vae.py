@@ -14,16 +14,16 @@ What does each latent, each dimension of z, learn? Traversals show it (decode z 
 moves), and so does the correlation of each latent with five attributes of the image, such as its
 width. It is often said that a large beta leads to disentanglement: each attribute gets a latent of
 its own. We measure that by the gap: the correlation of an attribute with its best latent minus that
-with the second best. Is a gap large? Rotate the active latents of all test images, a cloud of mu,
-at random: no information is lost, but its axes are arbitrary now. If their gap is as large, the
-axes that the training found were nothing special.
+with the second best. We compare it with the gap of random mixtures of the active latents, such as
+z0 + z1 and z0 - z1 in place of z0 and z1. They hold the same information. If their gap is as large,
+the axes that the training found are nothing special.
 
     python beta_vae.py                  # four minutes on two CPU cores
 
 You should see (full data, seed 0), from beta = 0.25 to 16, recon rise from 219.16 to 272.13 nats on
-the test images and KL fall from 23.43 to 2.82. The gap grows with beta, but so does that along
-random axes, since fewer latents are active and the best has fewer rivals. Their difference does not
-grow: over five seeds (results/README.md), it is 0.09 for beta = 1 and 0.00 for 16. So we see no
+the test images and KL fall from 23.43 to 2.82. The gap grows a little with beta, but so does that
+of random mixtures, since fewer latents are active and the best has fewer rivals. Over five seeds
+(results/README.md), their difference is 0.09 for beta = 1 and 0.00 for 16. So we see no
 disentanglement by a large beta.
 Try: --betas 0 1 --epochs 3 --out try. With 0, nothing pulls z to the prior. What does that gain?
 """
@@ -41,7 +41,7 @@ ATTRIBUTES = ["ink", "width", "height", "symmetry", "top"]
 
 class Residual(torch.nn.Module):
     """x + F(x): F, the given layers, learns only a change. F begins with its activation, so that
-    none lies between one sum and the next (He et al. 2016, arXiv:1603.05027)."""
+    x itself is passed on as it is (He et al. 2016, arXiv:1603.05027)."""
 
     def __init__(self, *layers):
         super().__init__()
@@ -242,8 +242,8 @@ def gap(correlations):
 
 def rotated_gaps(mu, values, rotations=20):
     """The gaps of mu (N, D) and values (N, K) after random rotations of mu, as a list. Each latent
-    is first scaled to a standard deviation of 1. Otherwise all rotated axes would be nearly copies
-    of the latent that varies most, and so their best hardly better than their second best."""
+    is first scaled to a standard deviation of 1 (which changes no |r| of its own). Otherwise all
+    rotated axes would be nearly copies of the latent that varies most."""
     scaled = mu / mu.std(dim=0).clamp(min=1e-6)         # never 0
     generator = torch.Generator().manual_seed(0)
     gaps = []
@@ -319,7 +319,7 @@ def draw_attributes(sweep, path):
         axes = figure.add_subplot(1, len(sweep), i)
         axes.set_title(f"beta {beta:g}: gap {found['gap']:.2f}, rotated {found['rotated_gap']:.2f}",
                        fontsize=9)
-        if not found["latents"]:                        # a collapsed model has nothing to show
+        if not found["latents"]:                        # no active latent: nothing to show
             axes.set_axis_off()
             continue
         axes.imshow(found["correlations"].numpy(), cmap="Blues", vmin=0, vmax=1, alpha=0.5,

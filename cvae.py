@@ -1,9 +1,10 @@
 """Section 5: the conditional VAE (CVAE): ask for a class, and z is left with the style.
 
-Encoder and decoder are both told the label y. So we can ask the decoder for a class; and z is left
-with what y does not say, the style: brightness, width, sleeves. To tell the class in z as well
-would cost KL and gain nothing, since the decoder knows y. The loss is that of section 3, with w for
-the KL warm-up (vae.py and conv_vae.py explain all of it), and everything is given y:
+Encoder and decoder are both told the label y: the decoder, so that we can ask it for a class; the
+encoder, so that it knows what z need not say. To tell the class in z as well would cost KL and gain
+nothing. So z is left with what y does not say, the style: brightness, width, sleeves. The loss is
+that of section 3, with w for the KL warm-up (vae.py and conv_vae.py explain all of it), and
+everything is given y:
 
     loss  =  E_q[ -log p(x | z, y) ]  +  w * KL( q(z | x, y) || N(0, I) )
 
@@ -37,7 +38,7 @@ import data
 
 class Residual(torch.nn.Module):
     """x + F(x): F, the given layers, learns only a change. F begins with its activation, so that
-    none lies between one sum and the next (He et al. 2016, arXiv:1603.05027)."""
+    x itself is passed on as it is (He et al. 2016, arXiv:1603.05027)."""
 
     def __init__(self, *layers):
         super().__init__()

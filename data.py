@@ -207,8 +207,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def read_flags(parser, argv):
-    """Read and check the flags of main(argv); add code, the text of the script; settings, a dict of
-    the SETTINGS; changes, the part of file names that says which of them are not the default."""
+    """The flags of main(argv), checked, and three things more: args.code, the text of the script;
+    args.settings, a dict of the SETTINGS; args.changes, what stands in file names for those of them
+    that are not the default."""
     if argv is None and sys.argv[0].endswith("kernel_launcher.py"):
         argv = []                                       # in a notebook: sys.argv is of its kernel
     args = parser.parse_args(argv if argv is None else [str(word) for word in argv])

@@ -10,8 +10,8 @@ choice of settings has seen. A classifier (classifier.py) judges the images:
 Where does a bad image come from? We decode z of three sources, and measure the fid of each:
 
     fid_decoded   z of the test images: what is bad is the decoder's fault
-    fid_prior     z from N(0, I): what is worse is due to gaps, where no real image has its z
-    fid_ex_post   z from a mixture of Gaussians, fitted to real z: its draws avoid many gaps
+    fid_prior     z from N(0, I): what is worse is due to holes, where no real image has its z
+    fid_ex_post   z from a mixture of Gaussians, fitted to real z: its draws avoid many holes
 
     python evaluate.py      # 20 to 30 minutes on two CPU cores; a second call only measures again
 
@@ -84,9 +84,9 @@ def frechet_distance(features_a, features_b):
     mean_a, mean_b = a.mean(0), b.mean(0)                                   # (D,)
     cov_a = (a - mean_a).T @ (a - mean_a) / (len(a) - 1)                    # (D, D)
     cov_b = (b - mean_b).T @ (b - mean_b) / (len(b) - 1)
-    # The root of M is the matrix R with R R = M: its eigenvalues are the roots of those of M, and a
-    # trace is the sum of eigenvalues. Those of a product of two covariances are real and never
-    # negative (linear algebra), but for rounding.
+    # The root of C is the matrix R with R R = C. The eigenvalues of R are the roots of those of C,
+    # and a trace is the sum of eigenvalues. Those of a product of two covariances are real and
+    # never negative (linear algebra), but for rounding.
     eigenvalues = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0)     # (D,)
     of_covariances = cov_a.trace() + cov_b.trace() - 2 * eigenvalues.sqrt().sum()
     return max(0.0, ((mean_a - mean_b).pow(2).sum() + of_covariances).item())
@@ -130,12 +130,12 @@ def importance_weighted_bound(model, images, labels, draws):
 
 
 def log_joint(z, weights, means, factors):
-    """log p(k, z) = log( weight_k N(z | m_k, S_k) ) of z (N, D) for each component k: (K, N). The
-    factors (K, D, D) are triangular matrices L with L L^T = S. With u = L^-1 (z - m), the usual
-    (z - m)^T S^-1 (z - m) is |u|^2; and as det S = (det L)^2,
+    """log p(k, z) = log( weight_k N(z | m_k, S_k) ) of z (N, D) for each component k: (K, N).
 
-        log N(z | m, S)  =  -1/2 |u|^2  -  log det L  -  D/2 log 2 pi
-    """
+        log N(z | m, S)  =  -1/2 (z - m)^T S^-1 (z - m)  -  1/2 log det S  -  D/2 log 2 pi
+
+    The factors (K, D, D) are triangular matrices L with L L^T = S. With u = L^-1 (z - m), the first
+    term is -1/2 |u|^2, and the second is -log det L."""
     columns = z.T.contiguous()                          # (D, N), in an order that is faster
     rows = []
     for weight, centre, factor in zip(weights, means, factors):
@@ -180,8 +180,8 @@ def sample_gmm(mixture, count):
 
 def sample_ex_post_prior(model, labels, dataset):
     """z (N, latent_dim) from the ex-post prior (Ghosh et al. 2020, arXiv:1903.12436), which is made
-    after training: 50 Gaussians, fitted to one z of each training image. A CVAE has one for each
-    class, as the z of a class are not spread like N(0, I), either."""
+    after training: 50 Gaussians, fitted to one z of each training image. For a CVAE, it is one
+    Gaussian for each class, as the z of a class are not spread like N(0, I), either."""
     real_z = draw_z(model, dataset.train_images, dataset.train_labels).cpu()
     if not is_conditional(model):
         return sample_gmm(fit_gmm(real_z, components=50), len(labels))
@@ -256,7 +256,7 @@ SWEEP = ["model", "active", "recon", "kl", "total", "fid_prior", "gap", "differe
 
 
 def average(rows):
-    """The rows of one model under several seeds as one, with {"mean", "std" (n - 1), "n"}."""
+    """One row from those of a model under several seeds: their mean, std (over n - 1) and n."""
     averaged = dict(rows[0])
     for key in rows[0]:
         values = [row[key] for row in rows]
@@ -270,7 +270,7 @@ def cell(key, value):
     if value is None:
         return "–"                                      # does not apply
     if isinstance(value, dict):
-        # float, as the mean of whole numbers may be whole
+        # float, as a mean of type int would be printed without decimals
         return f"{cell(key, float(value['mean']))}±{cell(key, float(value['std']))}"
     if isinstance(value, float):
         return f"{value:.1%}" if key in SHARES else f"{value:.2f}"
@@ -280,7 +280,7 @@ def cell(key, value):
 def noise(rows, key):
     """By how much single trainings of two equally good models may differ by chance: two standard
     deviations of their difference, whose variance is s^2 + s^2 (s^2 is that of the seeds, averaged
-    over the rows). Means of several trainings differ less."""
+    over the rows). Means of n trainings differ less, by a factor of the root of n."""
     variances = [row[key]["std"] ** 2 for row in rows if isinstance(row.get(key), dict)]
     return 2 * math.sqrt(2 * mean(variances)) if variances else None    # unknown from one seed
 

@@ -359,13 +359,18 @@ def test_the_map_shows_each_place_where_it_is(tmp_path, sample, monkeypatch):
 
 @warmed_up
 def test_warmup_goes_from_0_to_1_over_the_stated_share_of_all_steps(module, tiny, monkeypatch):
-    """The weights are read off the loss: recon is 0 here, and the KL is 1 (but both depend on the
-    weights of the model, by 0 times something, since train() wants their gradient)."""
+    """With a recon of 0 and a KL of 1, the loss is w itself."""
     losses = []
-    monkeypatch.setattr(module, "elbo_terms", lambda logits, x, mu, logvar: (
-        0 * logits.sum((1, 2, 3)), 0 * mu.sum(1) + 1))
-    # train() asks of each loss whether it is finite: there we note it, and answer yes
-    monkeypatch.setattr(torch, "isfinite", lambda loss: losses.append(loss.item()) or True)
+
+    def constant_terms(logits, x, mu, logvar):
+        zero = 0 * (logits.sum() + mu.sum() + logvar.sum())     # backward() can go through it
+        return zero.expand(len(x)), (zero + 1).expand(len(x))
+
+    def note(loss):                                     # train() asks of each loss if it is finite
+        losses.append(loss.item())
+        return True
+    monkeypatch.setattr(module, "elbo_terms", constant_terms)
+    monkeypatch.setattr(torch, "isfinite", note)
     for warmup, weights in ((0.5, [0, 1 / 3, 2 / 3, 1, 1, 1]), (0, 6 * [1])):
         losses.clear()
         fit(module, small(module), tiny, 2, 100, 1e-3, warmup=warmup)       # 2 x 3 steps
@@ -429,12 +434,14 @@ def test_what_is_my_beta(name):
 
 
 def test_cvae_gives_each_label_its_own_input(sample):
+    """If the first layer sees nothing but whether the label is c, it tells c from all other labels,
+    and cannot tell those apart."""
     model, x = cvae.CVAE(4).eval(), sample.test_images[:1].expand(10, -1, -1, -1)
     with torch.no_grad():
         for c in range(10):
             for layer, label in ((model.decoder[0], 4 + c), (model.encoder[0], 16 + c)):
                 layer.weight.zero_()
-                layer.weight[:, label] = 1.0            # all that this layer can see is class c
+                layer.weight[:, label] = 1.0
             for found in (model.decode(torch.randn(10, 4), torch.arange(10)).flatten(1),
                           model.encode(x, torch.arange(10))[0]):
                 others = found[torch.arange(10) != c]
@@ -481,7 +488,7 @@ def test_analysis_orders_active_latents_by_their_kl(sample):
     assert found["difference"] == found["gap"] - found["rotated_gap"]
 
 
-def test_analysis_and_pictures_of_a_collapsed_model(sample, tmp_path):
+def test_analysis_and_pictures_of_a_model_without_active_latents(sample, tmp_path):
     model = small(beta_vae, 3).eval()
     with torch.no_grad():
         model.encoder[-1].weight.zero_()
@@ -552,7 +559,8 @@ def test_random_axes_are_rotations_of_latents_of_equal_spread_and_differ(monkeyp
 
 @five_seeds
 def test_axes_that_mean_nothing_have_no_difference_however_they_are_spread(seed):
-    """Each attribute is a random mixture of all latents, of equal weights on average."""
+    """Each attribute is a random mixture of all latents, and none of these weighs more in it than
+    the others, on average."""
     torch.manual_seed(seed)
     differences = []
     for _ in range(50):
@@ -560,7 +568,7 @@ def test_axes_that_mean_nothing_have_no_difference_however_they_are_spread(seed)
         mu, values = z * torch.tensor([1, 0.8, 0.6, 0.4, 0.3, 0.2]), z @ torch.randn(6, 6)
         own = beta_vae.gap(beta_vae.correlation(mu, values))
         differences.append(own - np.mean(beta_vae.rotated_gaps(mu, values)))
-    error = np.std(differences) / 50 ** 0.5             # of their mean
+    error = np.std(differences) / 50 ** 0.5             # the standard error of their mean
     assert abs(np.mean(differences)) < 3 * error and error < 0.03
 
 
@@ -738,8 +746,8 @@ def test_the_ex_post_prior_of_a_cvae_is_one_gaussian_a_class(sample, monkeypatch
     def encode(model, images, labels):
         return labels[:, None].expand(-1, 2).float(), torch.full((len(labels), 2), -9.0)
     monkeypatch.setattr(evaluate, "encode", encode)
-    whole = evaluate.fit_gmm
-    monkeypatch.setattr(evaluate, "fit_gmm", lambda z, components, iterations=3: whole(
+    fit_gmm = evaluate.fit_gmm
+    monkeypatch.setattr(evaluate, "fit_gmm", lambda z, components, iterations=3: fit_gmm(
         z, components, iterations))                     # 3 instead of 100: enough here, and faster
     asked = torch.arange(50) % 10
     z = evaluate.sample_ex_post_prior(small(cvae, 2), asked, sample)
@@ -779,7 +787,7 @@ def test_measure_of_a_decoder_that_draws_the_class_asked_for(crude, tiny, monkey
     row = evaluate.measure(cvae, model, meta, tiny, crude)
     assert row["control_prior"] == row["control_decoded"] == row["control_swap"] == 1
     assert row["diversity_prior"] == 0                  # one image a class
-    of_prior, of_ex_post, of_decoded, of_swap = asked[:4]
+    of_prior, of_ex_post, of_decoded, of_swap = asked[:4]       # then come those of iw_10
     for labels in (of_prior, of_ex_post, of_decoded):
         assert torch.equal(labels, tiny.test_labels)
     assert (of_swap != tiny.test_labels).all()
@@ -788,7 +796,7 @@ def test_measure_of_a_decoder_that_draws_the_class_asked_for(crude, tiny, monkey
 
 
 def test_measure_of_a_decoder_that_redraws_the_real_images(crude, tiny, monkeypatch):
-    """But only from the z of real images and from those of the ex-post prior, which are all 9."""
+    """But only if all z are 9; we let those of real images and of the ex-post prior be so."""
     model, meta = small(vae, 2).eval(), {"seed": 0, "metrics": {"seconds": 1.5}}
     for name in ("sample_ex_post_prior", "draw_z"):
         monkeypatch.setattr(evaluate, name, lambda *_: torch.full((len(tiny.test_labels), 2), 9.0))
@@ -1049,7 +1057,7 @@ def new_lines(before, after):
 def test_each_section_changes_the_lesson_before_it_only_where_it_must():
     for name in ("elbo_terms", "is_active", "check_images", "Residual"):
         assert len({inspect.getsource(getattr(module, name)) for module in MODELS}) == 1, name
-    # these lines were read, and belong to the lesson of their section
+    # so many lines are new; we have read them, and they belong to the lesson of their section
     for before, after, count in (
             (vae.VAE, beta_vae.BetaVAE, 2), (vae.VAE, conv_vae.ConvVAE, 12),
             (conv_vae.ConvVAE, cvae.CVAE, 18),

@@ -16,10 +16,11 @@ means "the mean over z drawn from q(z | x)":
               =  log E_q[ p(x | z) p(z) / q(z | x) ]
               >= E_q[ log p(x | z) ]  -  E_q[ log q(z | x) - log p(z) ]
 
-since the log of a mean is at least the mean of the logs (Jensen's inequality). The last line is the
-evidence lower bound, the ELBO (their eq. 3). Its second mean is the Kullback-Leibler divergence
-KL( q(z | x) || p(z) ). It tells how far q(z | x) is from the prior: it is never negative, and 0
-only if both are equal. We train both networks to make the ELBO large, or its negative small:
+since the log of a mean is at least the mean of the logs (Jensen's inequality); and a mean of logs
+can be estimated by single draws of z. The last line is the evidence lower bound, the ELBO (eq. 3).
+Its second mean is the Kullback-Leibler divergence KL( q(z | x) || p(z) ). It tells how far q(z | x)
+is from the prior: it is never negative, and 0 only if both are equal. We train both networks to
+make the ELBO large, or its negative small:
 
     loss  =  -ELBO  =  E_q[ -log p(x | z) ]  +  KL( q(z | x) || N(0, I) )
                               recon                      KL
@@ -35,9 +36,10 @@ averaged over images.
 You should see (full data, seed 0) a test total of 235.94 nats, that is recon 221.80 and KL 14.13,
 all rounded. As our pixels are grey, recon is not 0 even if all predictions are perfect, but 189.86,
 the entropy floor (data.py explains it); recon is 31.95 above it, the excess.
-9 of the 20 latents are active: their mu differs from image to image. The others would lower recon
-by less than their KL, so their q(z | x) stays N(0, 1). Reconstructions have the right shape, but
-are blurred: many images fit the same z, and the decoder's best answer is the mean of all of them.
+9 of the 20 latents are active: their mu differs from image to image. In the others, q(z | x) is
+N(0, 1): what they could tell would lower recon by less than it costs. (Were they perhaps lost for
+another reason? See section 3.) Reconstructions have the right shape, but are blurred: many images
+fit the same z, and the decoder's best answer is the mean of all of them.
 Try: in elbo_terms, turn the `.sum(1)` of recon into `.mean(1)`, a common mistake, and run with
 --out try (a folder of its own). The KL then weighs 784 times too much. How do the samples look?
 """
@@ -52,7 +54,7 @@ import data
 
 class Residual(torch.nn.Module):
     """x + F(x): F, the given layers, learns only a change. F begins with its activation, so that
-    none lies between one sum and the next (He et al. 2016, arXiv:1603.05027)."""
+    x itself is passed on as it is (He et al. 2016, arXiv:1603.05027)."""
 
     def __init__(self, *layers):
         super().__init__()
