@@ -5,9 +5,10 @@ of 7 x 7 patches, each of 4 x 4 pixels. A convolution looks at each patch togeth
 neighbours, and describes it by 48 numbers. These 7 x 7 x 48 = 2352 numbers go into the encoder of
 section 2 (vae.py, which explains recon, KL and their names), in place of the 784 pixels. The
 decoder of section 2 gives as many numbers, and another convolution makes the pixels of them. z has
-32 dimensions instead of 20, and the training is longer, with a lower learning rate. And the KL is
-warmed up (Bowman et al. 2016, arXiv:1511.06349, section 3.1; linearly, as in Sonderby et al. 2016,
-arXiv:1602.02282): its weight w grows from 0 to 1 in the first fifth of all steps,
+32 dimensions instead of 20 (does that help?), and the training is longer, with a lower learning
+rate. And the KL is warmed up (Bowman et al. 2016, arXiv:1511.06349, section 3.1; linearly, as in
+Sonderby et al. 2016, arXiv:1602.02282): its weight w grows from 0 to 1 in the first fifth of all
+steps,
 
     loss  =  recon  +  w * KL,        w  =  min(1, progress / warmup)
 
@@ -39,8 +40,8 @@ import data
 # ---------------------------------------------------------------- the model
 
 class Residual(torch.nn.Module):
-    """x + F(x): F, the given layers, learns only a change. F begins with its activation, so that
-    x itself is passed on as it is (He et al. 2016, arXiv:1603.05027)."""
+    """x + F(x): F, the given layers, learns only a change. The activation stands in F, and not
+    after the sum, so that x itself is passed on as it is (He et al. 2016, arXiv:1603.05027)."""
 
     def __init__(self, *layers):
         super().__init__()

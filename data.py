@@ -74,7 +74,8 @@ def split_indices(labels):
 
 def load(source="auto"):
     """The data set as a FashionMNIST. source: "full", "sample", or "auto": the full data set, and
-    the sample only if the full one cannot be had. A file that is there but wrong is an error."""
+    the sample if that cannot be had (but if FASHION_MNIST_DIR is set, it must hold the full data).
+    A file that is there but wrong is an error."""
     if source not in ("auto", "full", "sample"):
         raise UserError(f"there is no data {source!r}: choose auto, full or sample")
     try:
@@ -207,9 +208,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def read_flags(parser, argv):
-    """The flags of main(argv), checked, and three things more: args.code, the text of the script;
-    args.settings, a dict of the SETTINGS; args.changes, what stands in file names for those of them
-    that are not the default."""
+    """The flags of main(argv), checked; and args.code, the text of the script; args.settings, a
+    dict of the SETTINGS; args.changes, what file names tell of those that are not the default."""
     if argv is None and sys.argv[0].endswith("kernel_launcher.py"):
         argv = []                                       # in a notebook: sys.argv is of its kernel
     args = parser.parse_args(argv if argv is None else [str(word) for word in argv])

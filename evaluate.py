@@ -10,7 +10,7 @@ choice of settings has seen. A classifier (classifier.py) judges the images:
 Where does a bad image come from? We decode z of three sources, and measure the fid of each:
 
     fid_decoded   z of the test images: what is bad is the decoder's fault
-    fid_prior     z from N(0, I): what is worse is due to holes, where no real image has its z
+    fid_prior     z from N(0, I): what is added is due to holes, where no real image has its z
     fid_ex_post   z from a mixture of Gaussians, fitted to real z: its draws avoid many holes
 
     python evaluate.py      # 20 to 30 minutes on two CPU cores; a second call only measures again
@@ -85,8 +85,8 @@ def frechet_distance(features_a, features_b):
     cov_a = (a - mean_a).T @ (a - mean_a) / (len(a) - 1)                    # (D, D)
     cov_b = (b - mean_b).T @ (b - mean_b) / (len(b) - 1)
     # The root of C is the matrix R with R R = C. The eigenvalues of R are the roots of those of C,
-    # and a trace is the sum of eigenvalues. Those of a product of two covariances are real and
-    # never negative (linear algebra), but for rounding.
+    # and a trace is the sum of eigenvalues. cov_a cov_b has those of cov_a^1/2 cov_b cov_a^1/2:
+    # they are real and never negative, but for rounding.
     eigenvalues = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0)     # (D,)
     of_covariances = cov_a.trace() + cov_b.trace() - 2 * eigenvalues.sqrt().sum()
     return max(0.0, ((mean_a - mean_b).pow(2).sum() + of_covariances).item())
@@ -181,7 +181,7 @@ def sample_gmm(mixture, count):
 def sample_ex_post_prior(model, labels, dataset):
     """z (N, latent_dim) from the ex-post prior (Ghosh et al. 2020, arXiv:1903.12436), which is made
     after training: 50 Gaussians, fitted to one z of each training image. For a CVAE, it is one
-    Gaussian for each class, as the z of a class are not spread like N(0, I), either."""
+    Gaussian for each class, since its z are decoded for a class."""
     real_z = draw_z(model, dataset.train_images, dataset.train_labels).cpu()
     if not is_conditional(model):
         return sample_gmm(fit_gmm(real_z, components=50), len(labels))

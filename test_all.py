@@ -350,7 +350,8 @@ def test_the_map_shows_each_place_where_it_is(tmp_path, sample, monkeypatch):
     points = np.concatenate([c.get_offsets() for c in left.collections])
     assert len(points) == len(sample.test_images)
     assert len(left.lines) == 11                            # a circle and ten ellipses
-    canvas = np.asarray(right.images[0].get_array())        # 16 x 16 images of 28 x 28 pixels
+    canvas = np.asarray(right.images[0].get_array())        # 16 x 16 images of 28 x 28 pixels, of
+    # which we look at one in the left half (row 14, column 7) and one in the right (column 21)
     assert (np.diff(canvas[14, 7::28]) > 0).all()           # z0 rises to the right ...
     assert (np.diff(canvas[14::28, 21]) < 0).all()          # ... and z1 upwards
     assert right.images[0].get_extent() == [*left.get_xlim(), *left.get_ylim()] == [-4, 4, -4, 4]
@@ -770,8 +771,8 @@ def crude(monkeypatch, tiny):
     monkeypatch.setattr(classifier, "look", crude_look)
     labels = tiny.test_labels
     recognised = torch.where(torch.arange(len(labels)) % 10 == 0, (labels + 1) % 10, labels)
-    seen, _ = crude_look(None, tiny.test_images)
-    return evaluate.Real(tiny.test_images, labels, None, seen, recognised)
+    features, _ = crude_look(None, tiny.test_images)
+    return evaluate.Real(tiny.test_images, labels, None, features, recognised)
 
 
 def test_measure_of_a_decoder_that_draws_the_class_asked_for(crude, tiny, monkeypatch):
@@ -872,12 +873,12 @@ def test_the_pretrained_classifier(pretrained, sample):
     assert model.mean.item() == pytest.approx(0.2860, abs=1e-3)
     assert model.std.item() == pytest.approx(0.3530, abs=1e-3)
     images, labels = sample.test_images[::2], sample.test_labels[::2]
-    seen, recognised = classifier.look(model, images)
+    found, recognised = classifier.look(model, images)
     assert (recognised == labels).float().mean() >= 0.93
     x = images[:20]
     with torch.no_grad():
         assert torch.allclose(model(x)[:1], model(x[:1]), atol=1e-3)
-        assert torch.allclose(model.features(x), seen[:20], atol=1e-3)
+        assert torch.allclose(model.features(x), found[:20], atol=1e-3)
 
 
 @pytest.mark.parametrize("images", [torch.full((2, 1, 28, 28), math.nan), torch.zeros(2, 784),

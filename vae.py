@@ -16,11 +16,12 @@ means "the mean over z drawn from q(z | x)":
               =  log E_q[ p(x | z) p(z) / q(z | x) ]
               >= E_q[ log p(x | z) ]  -  E_q[ log q(z | x) - log p(z) ]
 
-since the log of a mean is at least the mean of the logs (Jensen's inequality); and a mean of logs
-can be estimated by single draws of z. The last line is the evidence lower bound, the ELBO (eq. 3).
-Its second mean is the Kullback-Leibler divergence KL( q(z | x) || p(z) ). It tells how far q(z | x)
-is from the prior: it is never negative, and 0 only if both are equal. We train both networks to
-make the ELBO large, or its negative small:
+since the log of a mean is at least the mean of the logs (Jensen's inequality). The mean of the logs
+can be estimated by one draw of z; the log of the mean cannot, as the log of a noisy mean is too low
+on average. The last line is the evidence lower bound, the ELBO (their eq. 3). Its second mean is
+the Kullback-Leibler divergence KL( q(z | x) || p(z) ). It tells how far q(z | x) is from the prior:
+it is never negative, and 0 only if both are equal. We train both networks to make the ELBO large,
+or its negative small:
 
     loss  =  -ELBO  =  E_q[ -log p(x | z) ]  +  KL( q(z | x) || N(0, I) )
                               recon                      KL
@@ -53,8 +54,8 @@ import data
 # ---------------------------------------------------------------- the model
 
 class Residual(torch.nn.Module):
-    """x + F(x): F, the given layers, learns only a change. F begins with its activation, so that
-    x itself is passed on as it is (He et al. 2016, arXiv:1603.05027)."""
+    """x + F(x): F, the given layers, learns only a change. The activation stands in F, and not
+    after the sum, so that x itself is passed on as it is (He et al. 2016, arXiv:1603.05027)."""
 
     def __init__(self, *layers):
         super().__init__()
@@ -66,8 +67,8 @@ class Residual(torch.nn.Module):
 
 class VAE(torch.nn.Module):
     """Images in [0, 1] -> logits, both (B, 1, 28, 28), through z (B, latent_dim). B: batch size.
-    A VAE does not need LayerNorm and Residual. But without LayerNorm, some images are reconstructed
-    very badly, and Residual lowers the loss by more than a nat."""
+    LayerNorm and Residual belong to no VAE in particular. But without LayerNorm, a few images may
+    cost thousands of nats, and Residual lowers the loss by more than a nat (results/README.md)."""
 
     def __init__(self, latent_dim=20, hidden=512):
         super().__init__()
