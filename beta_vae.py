@@ -22,9 +22,9 @@ information. If their gap is as large, the latents that the training found are n
 
 You should see (full data, seed 0), from beta = 0.25 to 16, recon rise from 219.16 to 272.13 nats on
 the test images and KL fall from 23.43 to 2.82. Over five seeds (results/README.md), the gap is 0.20
-for beta = 0.25 and 0.26 for 16. But that of random mixtures grows more, as the best of fewer active
-latents has fewer rivals: the gap minus theirs is 0.08 (standard deviation 0.06) and 0.00 (0.04). So
-a large beta does not disentangle here.
+for beta = 0.25 and 0.26 for 16. But that of random mixtures grows more, since of fewer active
+latents the second best is worse: the gap minus theirs is 0.08 (standard deviation 0.06) and 0.00
+(0.04). So a large beta does not disentangle here.
 Try: --betas 0 1 --epochs 3 --out try. With 0, nothing pulls z to the prior. What does that gain?
 """
 import math

@@ -73,9 +73,9 @@ def split_indices(labels):
 
 
 def load(source="auto"):
-    """The data set as a FashionMNIST. source: "full", "sample", or "auto": the full data set, and
-    the sample if that cannot be had (but if FASHION_MNIST_DIR is set, it must hold the full data).
-    A file that is there but wrong is an error."""
+    """The data set as a FashionMNIST. source: "full", "sample", or "auto": the full data set, or
+    the sample if that cannot be had (but never if FASHION_MNIST_DIR is set). A file that is there
+    but wrong is an error."""
     if source not in ("auto", "full", "sample"):
         raise UserError(f"there is no data {source!r}: choose auto, full or sample")
     try:
@@ -181,7 +181,7 @@ def command(main):
         except (UserError, FloatingPointError, OSError) as error:
             message, code = error, 2
         except (RuntimeError, MemoryError) as error:
-            if "memory" not in repr(error).lower():     # repr, since MemoryError has no text
+            if isinstance(error, RuntimeError) and "memory" not in str(error).lower():
                 raise
             message, code = "out of memory: close programs, or lower --batch-size, --latent-dim", 2
         print(f"error: {message}".replace("\n", " "), file=sys.stderr)
@@ -209,7 +209,7 @@ class Parser(argparse.ArgumentParser):
 
 def read_flags(parser, argv):
     """The flags of main(argv), checked; and args.code, the text of the script; args.settings, a
-    dict of the SETTINGS; args.changes, what file names tell of those that are not the default."""
+    dict of the SETTINGS; args.changes, those that are no default, as they stand in file names."""
     if argv is None and sys.argv[0].endswith("kernel_launcher.py"):
         argv = []                                       # in a notebook: sys.argv is of its kernel
     args = parser.parse_args(argv if argv is None else [str(word) for word in argv])

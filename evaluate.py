@@ -9,7 +9,7 @@ choice of settings has seen. A classifier (classifier.py) judges the images:
 
 Where does a bad image come from? We decode z of three sources, and measure the fid of each:
 
-    fid_decoded   z of the test images: what is bad is the decoder's fault
+    fid_decoded   z of the test images: what is bad was lost in z, or by the decoder
     fid_prior     z from N(0, I): what is added is due to holes, where no real image has its z
     fid_ex_post   z from a mixture of Gaussians, fitted to real z: its draws avoid many holes
 
@@ -17,7 +17,7 @@ Where does a bad image come from? We decode z of three sources, and measure the 
 
 You should see (full data, seed 0) that the Conv VAE has a smaller total than the MLP VAE, that for
 both fid_prior > fid_ex_post > fid_decoded, and a control_prior of the CVAE of 87 %.
-Try: --data sample --epochs 3 --out try. What limits the Conv VAE most, its decoder or the prior?
+Try: --data sample --epochs 3 --out try. What limits the Conv VAE, reconstructions or the prior?
 """
 import json
 import math
@@ -85,8 +85,8 @@ def frechet_distance(features_a, features_b):
     cov_a = (a - mean_a).T @ (a - mean_a) / (len(a) - 1)                    # (D, D)
     cov_b = (b - mean_b).T @ (b - mean_b) / (len(b) - 1)
     # The root of C is the matrix R with R R = C. The eigenvalues of R are the roots of those of C,
-    # and a trace is the sum of eigenvalues. cov_a cov_b has those of cov_a^1/2 cov_b cov_a^1/2:
-    # they are real and never negative, but for rounding.
+    # and a trace is the sum of eigenvalues. cov_a cov_b has those of cov_a^1/2 cov_b cov_a^1/2, a
+    # symmetric matrix like a covariance: they are real and never negative, but for rounding.
     eigenvalues = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0)     # (D,)
     of_covariances = cov_a.trace() + cov_b.trace() - 2 * eigenvalues.sqrt().sum()
     return max(0.0, ((mean_a - mean_b).pow(2).sum() + of_covariances).item())
@@ -136,7 +136,7 @@ def log_joint(z, weights, means, factors):
 
     The factors (K, D, D) are triangular matrices L with L L^T = S. With u = L^-1 (z - m), the first
     term is -1/2 |u|^2, and the second is -log det L."""
-    columns = z.T.contiguous()                          # (D, N), in an order that is faster
+    columns = z.T.contiguous()                          # (D, N); stored by rows, as is faster below
     rows = []
     for weight, centre, factor in zip(weights, means, factors):
         u = torch.linalg.inv(factor) @ (columns - centre[:, None])          # (D, N)
@@ -379,7 +379,7 @@ def main(argv=None):
                     differences.append(row["difference"])
                 else:
                     models.setdefault(row["model"], (model, row))           # of the first seed
-    # of all betas and seeds: do the axes of z mean anything?
+    # over all betas and seeds: are latents better than their random mixtures?
     yardsticks["difference of all β-VAEs: gap minus rotated gap"] = {
         "mean": mean(differences), "std": stdev(differences), "n": len(differences)}
     results = {"data": dataset.source, "split": args.split, "seeds": seeds, "epochs": args.epochs,

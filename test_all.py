@@ -797,7 +797,7 @@ def test_measure_of_a_decoder_that_draws_the_class_asked_for(crude, tiny, monkey
 
 
 def test_measure_of_a_decoder_that_redraws_the_real_images(crude, tiny, monkeypatch):
-    """But only if all z are 9; we let those of real images and of the ex-post prior be so."""
+    """It does so only if all z are 9; those of real images and of the ex-post prior are made so."""
     model, meta = small(vae, 2).eval(), {"seed": 0, "metrics": {"seconds": 1.5}}
     for name in ("sample_ex_post_prior", "draw_z"):
         monkeypatch.setattr(evaluate, name, lambda *_: torch.full((len(tiny.test_labels), 2), 9.0))
@@ -990,7 +990,7 @@ def server(tmp_path_factory):
 
 
 def test_what_is_missing_comes_from_the_first_good_mirror(monkeypatch, files, server):
-    """Into the folder that the user chose, where three of the files are already, unzipped."""
+    """It comes into the folder that the user chose, where three of the files are already."""
     monkeypatch.setenv("HOME", os.getcwd())
     monkeypatch.setenv("FASHION_MNIST_DIR", "~/chosen")
     *here, missing = sorted(files)
@@ -1129,7 +1129,7 @@ def test_each_script_runs_alone_with_data_py_and_the_sample(tmp_path, tiny):
 @each_model
 @pytest.mark.parametrize("kept", [list(range(10)), [0, 1, 2, 4, 7, 9], [6]], ids=len)
 def test_main_tests_saves_and_then_draws(module, kept, tiny, tmp_path, capsys, monkeypatch):
-    """Also if some classes are missing, or all but one."""
+    """It does so also if some classes are missing, or all but one."""
     saved, save_figure = [], data.save_figure
 
     def look_first(figure, path):
@@ -1242,7 +1242,7 @@ def test_readme_and_report_show_the_recorded_tables():
 
 @pytest.mark.parametrize("page", ["README.md", "results/README.md"])
 def test_formulas_in_the_text_survive_the_parser_of_github(page):
-    """Which eats a backslash before punctuation, and takes underscores after a brace for emphasis.
+    """It eats a backslash before punctuation, and takes underscores after a brace for emphasis.
     Displayed formulas stand in blocks of the language math, which it leaves alone."""
     text = re.sub(r"```.*?```|`[^`\n]*`", "", (HERE / page).read_text(encoding="utf-8"),
                   flags=re.DOTALL)

@@ -38,9 +38,9 @@ You should see (full data, seed 0) a test total of 235.94 nats, that is recon 22
 all rounded. As our pixels are grey, recon is not 0 even if all predictions are perfect, but 189.86,
 the entropy floor (data.py explains it); recon is 31.95 above it, the excess.
 9 of the 20 latents are active: their mu differs from image to image. In the others, q(z | x) is
-N(0, 1): what they could tell would lower recon by less than it costs. (Were they perhaps lost for
-another reason? See section 3.) Reconstructions have the right shape, but are blurred: many images
-fit the same z, and the decoder's best answer is the mean of all of them.
+N(0, 1) for all images, probably since what they could tell would lower recon by less than its KL
+(section 3 tries another explanation). Reconstructions have the right shape, but are blurred: many
+images fit the same z, and the decoder's best answer is the mean of all of them.
 Try: in elbo_terms, turn the `.sum(1)` of recon into `.mean(1)`, a common mistake, and run with
 --out try (a folder of its own). The KL then weighs 784 times too much. How do the samples look?
 """
