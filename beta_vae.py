@@ -5,10 +5,8 @@
 A small beta makes z cheap: z then tells much about the image, and the image is drawn precisely. A
 large beta makes z expensive: z tells little, and the image is blurred. Each model is trained with
 its own beta, but for all of them we report recon + KL, since totals that are weighted differently
-cannot be compared. (In the literature on this trade-off the KL is called the rate and recon the
-distortion: Alemi et al. 2018, arXiv:1711.00464.) The network is that of section 2, but with only 10
-latents and 8 epochs, to be quick: its totals do not compare with those of section 2. Up to test(),
-`diff vae.py beta_vae.py` shows little else but beta; what follows there is new.
+cannot be compared. The network is that of section 2, but with only 10 latents and 8 epochs, so its
+totals are higher. Up to test(), `diff vae.py beta_vae.py` shows little else but beta.
 
 What does each latent, each dimension of z, learn? Traversals show it (decode z while one latent
 moves), and so does the correlation of each latent with five attributes of the image, such as its
@@ -142,8 +140,7 @@ def train(model, train_images, val_images, epochs, batch_size, lr, beta):
     Returns the history, a dict for each epoch; FloatingPointError if the loss is not finite.
 
     Adam with OneCycle: the learning rate rises from lr / 25 to lr in the first 30 % of all steps,
-    then falls almost to 0. Adam's beta2 is 0.99, not its default 0.999: that learns faster here.
-    (Adam's betas have nothing to do with ours.)"""
+    then falls almost to 0. Adam's beta2 is 0.99, not its default 0.999: that learns faster here."""
     check_images(train_images)
     check_images(val_images)
     device = next(model.parameters()).device
@@ -230,10 +227,9 @@ def correlation(mu, values):
 
 
 def gap(correlations):
-    """Does one latent alone stand for an attribute? The largest correlation minus the second
-    largest, averaged over the attributes: (D, K) -> a number from 0 to 1. It follows the mutual
-    information gap, MIG (Chen et al. 2018, arXiv:1802.04942, eq. 6). Mutual information notices
-    every kind of dependence; |r|, which we take in its place, only the linear one."""
+    """Does one latent alone stand for an attribute? The largest correlation minus the second one,
+    averaged over the attributes: (D, K) -> a number from 0 to 1. It follows the mutual information
+    gap (Chen et al. 2018, arXiv:1802.04942, eq. 6), but |r| notices only linear dependence."""
     # two latents more, which go with nothing, so that there always is a best and a second best
     padded = torch.cat([correlations, torch.zeros(2, correlations.shape[1])])
     ordered = padded.sort(dim=0, descending=True).values
@@ -257,15 +253,13 @@ def rotated_gaps(mu, values, rotations=20):
 
 @torch.no_grad()
 def analyse(model, images):
-    """What the latents of a model learned, from images (N, 1, 28, 28), all on the CPU. A dict:
-    kl_of_latents (D,), in nats; latents, the numbers of the active ones, the largest KL first;
-    correlations (active, 5), of these with the ATTRIBUTES; gap; rotated_gap, the mean gap of the
-    same mu after random rotations; and their difference."""
+    """What the latents learned, from images (N, 1, 28, 28), all on the CPU. A dict: kl_of_latents
+    (D,), in nats; latents, the numbers of the active ones, the largest KL first; correlations
+    (active, 5), of these with the ATTRIBUTES; gap, rotated_gap (a mean) and their difference."""
     mu, logvar = model.encode(images)                                       # (N, D)
     # as in elbo_terms, but averaged over the images and not summed over the latents
     kl = 0.5 * (mu.pow(2) + logvar.exp() - logvar - 1).mean(0)              # (D,)
-    active = is_active(mu)                                                  # (D,)
-    latents = [d for d in kl.argsort(descending=True).tolist() if active[d]]
+    latents = [d for d in kl.argsort(descending=True).tolist() if is_active(mu)[d]]
     values = attributes(images)                                             # (N, 5)
     correlations = correlation(mu[:, latents], values)
     gaps = rotated_gaps(mu[:, latents], values) if latents else [0.0]
@@ -276,18 +270,24 @@ def analyse(model, images):
 
 # ---------------------------------------------------------------- the pictures
 
-def plot_tradeoff(sweep, path):
-    """KL against recon, a point for each beta. sweep: {beta: its model, and what was measured}."""
-    figure = data.Figure((6, 4.2), dpi=110, layout="constrained")
-    axes = figure.add_subplot(title="A small beta: z tells more, reconstructions are sharper",
-                              xlabel="KL, the rate, in nats", xmargin=0.25,
-                              ylabel="recon, the distortion, in nats")
+@torch.no_grad()
+def draw_tradeoff(sweep, path):
+    """Left: KL (rate) against recon (distortion; Alemi et al. 2018, arXiv:1711.00464). Right: ten
+    draws of z, decoded by all models. sweep: {beta: its model, and what was measured}."""
+    figure = data.Figure((11, 4.2), dpi=100, layout="constrained")
+    axes = figure.add_subplot(1, 2, 1, title="A small beta: z tells more", xmargin=0.25,
+                              xlabel="KL (rate), in nats", ylabel="recon (distortion), in nats")
     axes.plot([found["kl"] for found in sweep.values()],
               [found["recon"] for found in sweep.values()], "o-")
     for beta, found in sweep.items():
-        axes.annotate(f"beta {beta:g}", (found["kl"], found["recon"]), (9, 2),
-                      textcoords="offset points")
+        axes.text(found["kl"], found["recon"], f"   beta {beta:g}", va="bottom")
     axes.set_xlim(left=0)
+    torch.manual_seed(0)
+    models = [found["model"] for found in sweep.values()]
+    z = torch.randn(10, models[0].latent_dim)           # the same for all models
+    images = torch.stack([model.decode(z).sigmoid() for model in models])   # (., 10, 1, 28, 28)
+    data.draw_grid(figure.add_subplot(1, 2, 2), images, "Decoded draws from the prior N(0, I)",
+                   [f"beta {beta:g}" for beta in sweep])
     data.save_figure(figure, path)
 
 
@@ -387,7 +387,7 @@ def main(argv=None, dataset=None):
     stem = data.run_path(args, dataset.source).with_suffix("")
     if args.betas != BETAS:
         stem = f"{stem}-betas" + "-".join(f"{beta:g}" for beta in args.betas)
-    plot_tradeoff(sweep, f"{stem}-tradeoff.png")
+    draw_tradeoff(sweep, f"{stem}-tradeoff.png")
     if len(sweep) > 4:                                  # of many, every second one fits on a page
         sweep = {beta: sweep[beta] for beta in args.betas[::2]}
     draw_traversals(sweep, dataset.test_images[:1], f"{stem}-traversals.png")
