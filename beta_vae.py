@@ -19,10 +19,9 @@ information. If their gap is as large, the latents that the training found are n
     python beta_vae.py                  # four minutes on two CPU cores
 
 You should see (full data, seed 0), from beta = 0.25 to 16, recon rise from 219.16 to 272.13 nats on
-the test images and KL fall from 23.43 to 2.82. Over five seeds (results/README.md), the gap is 0.20
-for beta = 0.25 and 0.26 for 16. But that of random mixtures grows more, since of fewer active
-latents the second best is worse: the gap minus theirs is 0.08 (standard deviation 0.06) and 0.00
-(0.04). So a large beta does not disentangle here.
+the test images and KL fall from 23.43 to 2.82. Over five seeds (results/README.md), the gap grows
+from 0.20 to 0.26. But that of random mixtures grows more, since of fewer active latents the second
+best is worse. So a large beta does not disentangle here.
 Try: --betas 0 1 --epochs 3 --out try. With 0, nothing pulls z to the prior. What does that gain?
 """
 import math
@@ -51,7 +50,7 @@ class Residual(torch.nn.Module):
 
 class BetaVAE(torch.nn.Module):
     """Images in [0, 1] -> logits, both (B, 1, 28, 28), through z (B, latent_dim). B: batch size.
-    LayerNorm and Residual belong to no VAE in particular. But without LayerNorm, a few images may
+    LayerNorm and Residual are no part of the idea of a VAE. But without LayerNorm, a few images may
     cost thousands of nats, and Residual lowers the loss by more than a nat (results/README.md)."""
 
     def __init__(self, latent_dim=10, hidden=512):
@@ -237,9 +236,9 @@ def gap(correlations):
 
 
 def rotated_gaps(mu, values, rotations=20):
-    """The gaps of random mixtures of the latents: a list of those of mu (N, D) and values (N, K)
-    after random rotations of mu. Each latent is first scaled to a standard deviation of 1.
-    Otherwise all mixtures would be nearly copies of the latent that varies most."""
+    """The gaps of random mixtures of the latents, as a list: of mu (N, D) after random rotations,
+    with values (N, K). Each latent is first scaled to a standard deviation of 1. Otherwise, all
+    mixtures would be nearly copies of the latent that varies most."""
     scaled = mu / mu.std(dim=0).clamp(min=1e-6)         # never 0
     generator = torch.Generator().manual_seed(0)
     gaps = []
@@ -259,7 +258,8 @@ def analyse(model, images):
     mu, logvar = model.encode(images)                                       # (N, D)
     # as in elbo_terms, but averaged over the images and not summed over the latents
     kl = 0.5 * (mu.pow(2) + logvar.exp() - logvar - 1).mean(0)              # (D,)
-    latents = [d for d in kl.argsort(descending=True).tolist() if is_active(mu)[d]]
+    active = is_active(mu)                                                  # (D,)
+    latents = [d for d in kl.argsort(descending=True).tolist() if active[d]]
     values = attributes(images)                                             # (N, 5)
     correlations = correlation(mu[:, latents], values)
     gaps = rotated_gaps(mu[:, latents], values) if latents else [0.0]
@@ -285,7 +285,7 @@ def draw_tradeoff(sweep, path):
     torch.manual_seed(0)
     models = [found["model"] for found in sweep.values()]
     z = torch.randn(10, models[0].latent_dim)           # the same for all models
-    images = torch.stack([model.decode(z).sigmoid() for model in models])   # (., 10, 1, 28, 28)
+    images = torch.stack([model.decode(z).sigmoid() for model in models])   # 10 for each beta
     data.draw_grid(figure.add_subplot(1, 2, 2), images, "Decoded draws from the prior N(0, I)",
                    [f"beta {beta:g}" for beta in sweep])
     data.save_figure(figure, path)
@@ -295,7 +295,7 @@ def draw_tradeoff(sweep, path):
 def draw_traversals(sweep, image, path):
     """Decode the mu of one image (1, 1, 28, 28), then let one latent, a row, move from -3 to 3."""
     figure = data.Figure((3 * len(sweep), 4.7), dpi=120, layout="constrained")
-    figure.suptitle("The image, decoded; then one latent a row (its mean KL) moves from -3 to 3")
+    figure.suptitle("Each row: the image decoded, then one latent from -3 to 3. Left: its mean KL")
     for i, (beta, found) in enumerate(sweep.items(), 1):
         mu, _ = found["model"].encode(image)            # (1, D)
         kl = found["kl_of_latents"]                     # (D,)

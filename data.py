@@ -209,7 +209,7 @@ class Parser(argparse.ArgumentParser):
 
 def read_flags(parser, argv):
     """The flags of main(argv), checked; and args.code, the text of the script; args.settings, a
-    dict of the SETTINGS; args.changes, those that are no default, as they stand in file names."""
+    dict of the SETTINGS; args.changes, a text of those that are not the default, for file names."""
     if argv is None and sys.argv[0].endswith("kernel_launcher.py"):
         argv = []                                       # in a notebook: sys.argv is of its kernel
     args = parser.parse_args(argv if argv is None else [str(word) for word in argv])
@@ -308,7 +308,7 @@ def load_model(path, script, make, device):
             raise ValueError("some weights are not finite")
     except Exception as error:  # absent, damaged, or something else, in whatever way
         reason = repr(error)[:300]
-        raise UserError(f"{path}: cannot be loaded as a model of {script}.py ({reason}); train one")
+        raise UserError(f"{path}: no model of {script}.py to load ({reason}); run {script}.py")
     return model.eval().to(pick_device(device)), meta
 
 

@@ -136,7 +136,7 @@ def log_joint(z, weights, means, factors):
 
     The factors (K, D, D) are triangular matrices L with L L^T = S. With u = L^-1 (z - m), the first
     term is -1/2 |u|^2, and the second is -log det L."""
-    columns = z.T.contiguous()                          # (D, N); stored by rows, as is faster below
+    columns = z.T.contiguous()                          # (D, N), stored row by row: faster below
     rows = []
     for weight, centre, factor in zip(weights, means, factors):
         u = torch.linalg.inv(factor) @ (columns - centre[:, None])          # (D, N)

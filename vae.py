@@ -67,7 +67,7 @@ class Residual(torch.nn.Module):
 
 class VAE(torch.nn.Module):
     """Images in [0, 1] -> logits, both (B, 1, 28, 28), through z (B, latent_dim). B: batch size.
-    LayerNorm and Residual belong to no VAE in particular. But without LayerNorm, a few images may
+    LayerNorm and Residual are no part of the idea of a VAE. But without LayerNorm, a few images may
     cost thousands of nats, and Residual lowers the loss by more than a nat (results/README.md)."""
 
     def __init__(self, latent_dim=20, hidden=512):
