@@ -23,49 +23,49 @@ import math
 import time
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 import data
 
-PRETRAINED = data.HERE / "assets" / "fashion-resnet18.pt"
+PRETRAINED = data.ASSETS / "fashion-resnet18.pt"
 
 # ---------------------------------------------------------------- the network
 
-class BasicBlock(nn.Module):
+class BasicBlock(torch.nn.Module):
     """relu( shortcut(x) + two 3 x 3 convolutions of x )."""
 
     def __init__(self, inputs, outputs, stride):
         super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
-        self.norm1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.norm2 = nn.BatchNorm2d(outputs)
-        self.shortcut = nn.Identity()
+        self.conv1 = torch.nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.norm1 = torch.nn.BatchNorm2d(outputs)
+        self.conv2 = torch.nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.norm2 = torch.nn.BatchNorm2d(outputs)
+        self.shortcut = torch.nn.Identity()
         if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False),
-                                          nn.BatchNorm2d(outputs))
+            self.shortcut = torch.nn.Sequential(
+                torch.nn.Conv2d(inputs, outputs, 1, stride, bias=False),
+                torch.nn.BatchNorm2d(outputs))
 
     def forward(self, x):
-        h = F.relu(self.norm1(self.conv1(x)))
-        return F.relu(self.shortcut(x) + self.norm2(self.conv2(h)))
+        h = self.norm1(self.conv1(x)).relu()
+        return (self.shortcut(x) + self.norm2(self.conv2(h))).relu()
 
 
-class FashionResNet18(nn.Module):
+class FashionResNet18(torch.nn.Module):
     """18 weight layers: stem, 16 convolutions in eight blocks, head (shortcuts are not counted)."""
 
     def __init__(self, mean=0.0, std=1.0, width=32):
         super().__init__()
         self.register_buffer("mean", torch.tensor(float(mean)))
         self.register_buffer("std", torch.tensor(float(std)))
-        self.stem = nn.Sequential(nn.Conv2d(1, width, 3, padding=1, bias=False),
-                                  nn.BatchNorm2d(width), nn.ReLU())
+        self.stem = torch.nn.Sequential(
+            torch.nn.Conv2d(1, width, 3, padding=1, bias=False),
+            torch.nn.BatchNorm2d(width), torch.nn.ReLU())
         blocks, inputs = [], width
         for outputs, stride in ((width, 1), (2 * width, 2), (4 * width, 2), (8 * width, 2)):
             blocks += [BasicBlock(inputs, outputs, stride), BasicBlock(outputs, outputs, 1)]
             inputs = outputs
-        self.blocks = nn.Sequential(*blocks)
-        self.head = nn.Linear(8 * width, len(data.CLASSES))
+        self.blocks = torch.nn.Sequential(*blocks)
+        self.head = torch.nn.Linear(8 * width, len(data.CLASSES))
 
     def features(self, images):
         """Raw images (B, 1, 28, 28) in [0, 1] -> penultimate features (B, 256)."""
@@ -81,14 +81,11 @@ class FashionResNet18(nn.Module):
 # ---------------------------------------------------------------- what the classifier sees
 
 def check_images(images):
-    """UserError unless images are (N, 1, 28, 28), float32, and raw: not normalised, no logits."""
-    if images.shape[1:] != (1, 28, 28) or images.dtype != torch.float32 or len(images) == 0:
-        raise data.UserError(f"images are {tuple(images.shape)} of {images.dtype}, but should be"
-                             " (N, 1, 28, 28) of torch.float32, with N > 0")
+    """ValueError unless images are raw: not normalised, no logits, not scaled twice."""
     low, high = images.min().item(), images.max().item()
-    if not (low >= 0 and high <= 1):                    # of NaN, both comparisons are False
-        raise data.UserError(f"images range from {low} to {high}: the classifier takes raw images"
-                             " in [0, 1]; take the sigmoid of logits, and do not normalise")
+    if not (low >= 0 and 0.1 < high <= 1):              # of nan, all comparisons are False
+        raise ValueError(f"images range from {low:.4g} to {high:.4g}, but should from 0 to 1: the"
+                         " classifier takes raw images; take the sigmoid of logits")
 
 
 @torch.no_grad()
@@ -103,9 +100,11 @@ def look(resnet, images):
 
 
 def load_model(path, device="cpu"):
-    """(FashionResNet18 in eval mode, what else its checkpoint holds); UserError if unusable."""
-    # the network first has mean 0 and std 1: loading fills in both, with all other weights
-    return data.load_model(path, "classifier", lambda config: FashionResNet18(), device)
+    """(FashionResNet18 in eval mode, all that its checkpoint holds). Code in a file is not run."""
+    meta = torch.load(path, map_location="cpu", weights_only=True)
+    model = FashionResNet18()                           # mean and std are loaded with the weights
+    model.load_state_dict(meta["state_dict"])
+    return model.eval().to(device), meta
 
 
 def load_pretrained(device="cpu"):
@@ -121,7 +120,7 @@ def augment(images, generator):
     def random(low, high):                              # a whole number from low to high
         return torch.randint(low, high + 1, (), generator=generator).item()
     augmented = []
-    for x in F.pad(images, (2, 2, 2, 2)):               # (1, 32, 32), a copy of the image
+    for x in torch.nn.functional.pad(images, (2, 2, 2, 2)):     # (1, 32, 32), a copy of the image
         row, column = random(0, 4), random(0, 4)
         x = x[:, row:row + 28, column:column + 28]      # (1, 28, 28)
         if random(0, 1):
@@ -138,15 +137,14 @@ def train(model, train_images, train_labels, val_images, val_labels, epochs, bat
     """SGD with Nesterov momentum, OneCycle and label smoothing, on images (N, 1, 28, 28) and labels
     (N,). Returns the best accuracy on the validation images; the model then has the weights of that
     epoch. generator: of all random numbers. FloatingPointError if the loss is not finite."""
-    for images, labels in ((train_images, train_labels), (val_images, val_labels)):
-        check_images(images)
-        if (labels.shape != (len(images),) or labels.dtype != torch.int64
-                or labels.min() < 0 or labels.max() > 9):
-            raise ValueError("give one label from 0 to 9 for each image, as (N,) of torch.int64")
+    check_images(train_images)
+    if len(train_labels) != len(train_images) or val_labels.shape != val_images.shape[:1]:
+        raise ValueError("give one label for each image")
     device = next(model.parameters()).device
     train_images, train_labels = train_images.to(device), train_labels.to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, nesterov=True,
                                 weight_decay=5e-4)
+    cross_entropy = torch.nn.CrossEntropyLoss(label_smoothing=0.1)
     steps = epochs * math.ceil(len(train_images) / batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps,
                                                    cycle_momentum=False)    # leave it at 0.9
@@ -161,10 +159,9 @@ def train(model, train_images, train_labels, val_images, val_labels, epochs, bat
             x = augment(train_images[indices.to(device)], generator)        # (B, 1, 28, 28)
             y = train_labels[indices.to(device)]                            # (B,)
             logits = model(x)                                               # (B, 10)
-            loss = F.cross_entropy(logits, y, label_smoothing=0.1)
+            loss = cross_entropy(logits, y)
             if not torch.isfinite(loss):
-                raise FloatingPointError(f"the loss is {loss.item()} in epoch {epoch}: choose a"
-                                         " lower learning rate")
+                raise FloatingPointError(f"loss {loss.item()} in epoch {epoch}: choose a lower lr")
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -185,37 +182,28 @@ def train(model, train_images, train_labels, val_images, val_labels, epochs, bat
 
 # ---------------------------------------------------------------- the section
 
-def flags():
-    """The flags of this script, with their defaults. data.Parser adds --data and --out."""
-    parser = data.Parser("classifier", __doc__)
-    parser.add_argument("--epochs", type=int, default=18, help="passes over the images")
-    parser.add_argument("--batch-size", type=int, default=128, help="images in one step")
-    parser.add_argument("--lr", type=float, default=0.1, help="peak learning rate")
-    parser.add_argument("--seed", type=int, default=0, help="of all random numbers")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    return parser
+FLAGS = data.flags(__file__, __doc__, epochs=18, batch_size=128, lr=0.1)
 
 
-@data.command
 def main(argv=None, dataset=None):
     """Train, save, test what was saved. argv: a list of flags, or None for those of the command
     line; dataset: what data.load() gave, or None to load it. Returns the path of the checkpoint."""
-    args = data.read_flags(flags(), argv)               # checked; and args.device is a device
+    args = FLAGS.parse_args(argv)
+    device = data.pick_device(args.device)
     dataset = dataset or data.load(args.data)
+    path = data.run_path(args, dataset.source)
 
     torch.manual_seed(args.seed)
-    model = FashionResNet18(dataset.train_images.mean(), dataset.train_images.std()).to(args.device)
-    data.print_start(args, model)
+    model = FashionResNet18(dataset.train_images.mean(), dataset.train_images.std()).to(device)
     accuracy = train(model, dataset.train_images, dataset.train_labels,
                      dataset.val_images, dataset.val_labels, args.epochs, args.batch_size, args.lr,
                      torch.Generator().manual_seed(args.seed))
-    path = data.run_path(args, dataset.source)
     # matrices and kernels are stored as float16, which halves the file
     halved = {name: value.half() if value.dim() > 1 else value
               for name, value in model.state_dict().items()}
-    data.save_checkpoint(path, args, dataset.source, {"val_accuracy": accuracy}, halved)
+    data.save_checkpoint(path, args, dataset, {"val_accuracy": accuracy}, halved)
 
-    model, _ = load_model(path, args.device)            # what is tested is what is stored
+    model, _ = load_model(path, device)                 # what is tested is what is stored
     _, recognised = look(model, dataset.test_images)
     test_accuracy = (recognised == dataset.test_labels).double().mean().item()
     print(f"test ({dataset.source}): accuracy {test_accuracy:.2%}\n-> {path}")
@@ -223,4 +211,4 @@ def main(argv=None, dataset=None):
 
 
 if __name__ == "__main__":
-    main()
+    data.run(main)

@@ -15,13 +15,11 @@ Where does a bad image come from? We decode z of three sources, and measure the 
 
     python evaluate.py      # 20 to 30 minutes on two CPU cores; a second call only measures again
 
-You should see (full data, seed 0) that the Conv VAE has a smaller total than the MLP VAE, that for
-both fid_prior > fid_ex_post > fid_decoded, and a control_prior of the CVAE of 87 %.
+You should see (full data, seed 0) that fid_prior > fid_ex_post > fid_decoded for both VAEs.
 Try: --data sample --epochs 3 --out try. What limits the Conv VAE, reconstructions or the prior?
 """
 import json
 import math
-import time
 from collections import namedtuple
 from statistics import mean, stdev
 
@@ -34,7 +32,7 @@ import cvae
 import data
 import vae
 
-NAMES = {vae: "MLP VAE", conv_vae: "Conv VAE", beta_vae: "β-VAE", cvae: "CVAE"}
+NAMES = {vae: "MLP VAE", conv_vae: "Conv VAE", beta_vae: "beta-VAE", cvae: "CVAE"}
 # real images, their labels, the classifier, its features of them (N, 256), its classes (N,)
 Real = namedtuple("Real", "images labels resnet features recognised")
 
@@ -47,22 +45,18 @@ def is_conditional(model):
 @torch.no_grad()
 def encode(model, images, labels):
     """(mu, logvar), each (N, latent_dim), of images (N, 1, 28, 28), labels (N,)."""
-    device = next(model.parameters()).device
-    images, labels = images.to(device), labels.to(device)
     return model.encode(images, labels) if is_conditional(model) else model.encode(images)
 
 
 def draw_z(model, images, labels):
-    """A draw of z from q(z | x) for each image, (N, latent_dim)."""
-    mu, logvar = encode(model, images, labels)
-    return model.reparameterize(mu, logvar)
+    """A draw of z from q(z | x) for each image, (N, latent_dim); in batches, which is faster."""
+    batches = zip(images.split(1000), labels.split(1000))
+    return torch.cat([model.reparameterize(*encode(model, x, y)) for x, y in batches])
 
 
 @torch.no_grad()
 def decode(model, z, labels):
     """The logits (N, 1, 28, 28) of z (N, latent_dim), labels (N,)."""
-    device = next(model.parameters()).device
-    z, labels = z.to(device), labels.to(device)
     return model.decode(z, labels) if is_conditional(model) else model.decode(z)
 
 
@@ -71,61 +65,61 @@ def decode(model, z, labels):
 def frechet_distance(features_a, features_b):
     """The FID of two sets of images from the classifier's features of them, (N, D) and (M, D): the
     squared Fréchet distance of the Gaussians fitted to them, 0 if these are equal (Heusel et al.
-    2017, arXiv:1706.08500, eq. 6; they take other features, so their numbers do not compare).
+    2017, arXiv:1706.08500, eq. 6; with other features, so the numbers do not compare).
 
         FID  =  |m_a - m_b|^2  +  tr( S_a + S_b - 2 (S_a S_b)^1/2 )
 
     m: mean, S: covariance, tr: sum of the diagonal. Of one feature with standard deviation s, this
-    is (m_a - m_b)^2 + (s_a - s_b)^2. UserError unless N, M > D: fewer cannot determine S."""
-    for features in (features_a, features_b):
-        if len(features) <= features.shape[1] or not features.isfinite().all():
-            raise data.UserError(f"features {tuple(features.shape)}: give more images, all finite")
+    is (m_a - m_b)^2 + (s_a - s_b)^2. ValueError unless N, M > D: fewer cannot determine S."""
+    if min(len(features_a), len(features_b)) <= features_a.shape[1]:
+        raise ValueError(f"give more images than there are features, {features_a.shape[1]}")
     a, b = features_a.double(), features_b.double()
     mean_a, mean_b = a.mean(0), b.mean(0)                                   # (D,)
     cov_a = (a - mean_a).T @ (a - mean_a) / (len(a) - 1)                    # (D, D)
     cov_b = (b - mean_b).T @ (b - mean_b) / (len(b) - 1)
-    # The root of C is the matrix R with R R = C. The eigenvalues of R are the roots of those of C,
-    # and a trace is the sum of eigenvalues. cov_a cov_b has those of cov_a^1/2 cov_b cov_a^1/2, a
-    # symmetric matrix like a covariance: they are real and never negative, but for rounding.
+    # A trace is the sum of the eigenvalues, and the eigenvalues of a matrix root are the roots of
+    # those of the matrix. Those of S_a S_b are real and not negative, but for rounding.
     eigenvalues = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0)     # (D,)
     of_covariances = cov_a.trace() + cov_b.trace() - 2 * eigenvalues.sqrt().sum()
-    return max(0.0, ((mean_a - mean_b).pow(2).sum() + of_covariances).item())
+    return ((mean_a - mean_b).pow(2).sum() + of_covariances).clamp(min=0).item()
 
 
 def controllability(recognised, asked):
     """The share of images whose recognised class is the class asked for. Both are (N,)."""
+    if recognised.shape != asked.shape:                 # == would compare each with all others
+        raise ValueError(f"{tuple(recognised.shape)} classes, but {tuple(asked.shape)} asked for")
     return (recognised == asked).double().mean().item()
 
 
 def diversity(features, labels, real_features, real_labels):
     """The mean distance between the features (N, D) of two drawn images of a class, over that of
-    two real ones; averaged over the classes. 1: as varied as real images, 0: one image a class."""
+    two real ones; mean of the classes that have two. 1: as varied as real ones, 0: always one."""
     ratios = []
     for c in real_labels.unique():
         drawn, real = features[labels == c], real_features[real_labels == c]
-        distance = torch.pdist(drawn).mean().item() if len(drawn) > 1 else 0.0
-        ratios.append(distance / torch.pdist(real).mean().item())
+        if len(real) > 1:
+            distance = torch.pdist(drawn).mean().item() if len(drawn) > 1 else 0.0
+            ratios.append(distance / torch.pdist(real).mean().item())
     return mean(ratios)
 
 
 def importance_weighted_bound(model, images, labels, draws):
     """An upper bound on -log p(x) (of a CVAE: -log p(x | y)), in nats, averaged over images, from
-    the importance weights w of K draws of z (Burda et al. 2016, arXiv:1509.00519, eq. 8):
+    the importance weights w of some draws of z (Burda et al. 2016, arXiv:1509.00519, eq. 8):
 
-        -log p(x)  <=  -E[ log( 1/K sum_k w_k ) ],    w = p(x | z) p(z) / q(z | x),  z ~ q(z | x)
+        -log p(x)  <=  -E[ log( mean of w ) ],    w = p(x | z) p(z) / q(z | x),    z ~ q(z | x)
 
-    E[w] is the integral p(x), and the rest is Jensen's inequality. K = 1 gives the negative ELBO. A
-    mean of more weights varies less, so Jensen's inequality loses less: the bound is tighter."""
+    One draw gives -ELBO. A mean of more varies less, so that Jensen's inequality loses less."""
     mu, logvar = encode(model, images, labels)
     log_w = []
     for _ in range(draws):
         z = model.reparameterize(mu, logvar)                                # (N, latent_dim)
-        recon, _ = vae.elbo_terms(decode(model, z, labels), images.to(z.device), mu, logvar)
+        recon, _ = vae.elbo_terms(decode(model, z, labels), images, mu, logvar)
         # the logs of two normal densities, both without their - D/2 log 2 pi, which cancels
         log_prior = -0.5 * z.pow(2).sum(1)                                  # (N,)
         log_q = -0.5 * ((z - mu).pow(2) / logvar.exp() + logvar).sum(1)     # (N,)
         log_w.append(-recon + log_prior - log_q)
-    log_mean_w = torch.stack(log_w).cpu().double().logsumexp(dim=0) - math.log(draws)
+    log_mean_w = torch.stack(log_w).double().logsumexp(dim=0) - math.log(draws)
     return -log_mean_w.mean().item()
 
 
@@ -141,20 +135,19 @@ def log_joint(z, weights, means, factors):
     for weight, centre, factor in zip(weights, means, factors):
         u = torch.linalg.inv(factor) @ (columns - centre[:, None])          # (D, N)
         log_det = factor.diagonal().log().sum()         # det of a triangle: product of its diagonal
-        constant = len(centre) / 2 * math.log(2 * math.pi)
-        rows.append(weight.log() - 0.5 * u.pow(2).sum(0) - log_det - constant)
-    return torch.stack(rows)
+        rows.append(weight.log() - 0.5 * u.pow(2).sum(0) - log_det)
+    return torch.stack(rows) - 0.5 * z.shape[1] * math.log(2 * math.pi)
 
 
-def fit_gmm(z, components, iterations=100, ridge=1e-3):
+def fit_gmm(z, K, iterations=100, ridge=1e-3):
     """A mixture of K Gaussians for z (N, D): weights (K,), means (K, D), factors (K, D, D).
     EM (Bishop 2006, section 9.2.2) guesses in turn which component made each point, and fits each
     component to its points. The ridge keeps covariances invertible."""
     added = ridge * torch.eye(z.shape[1], dtype=z.dtype)                    # (D, D)
     # each component starts at one of the points, and as wide as all z
-    weights = torch.full((components,), 1 / components, dtype=z.dtype)
-    means = z[torch.randperm(len(z))[:components]]
-    covariances = (z.var(0).diag() + added).repeat(components, 1, 1)
+    weights = torch.full((K,), 1 / K, dtype=z.dtype)
+    means = z[torch.randperm(len(z))[:K]]
+    covariances = (z.var(0).diag() + added).repeat(K, 1, 1)
     for _ in range(iterations):
         # E step: how likely is it that component k made point n? Its responsibility
         logs = log_joint(z, weights, means, torch.linalg.cholesky(covariances))
@@ -163,10 +156,9 @@ def fit_gmm(z, components, iterations=100, ridge=1e-3):
         counts = responsibility.sum(1).clamp(min=1e-6)  # (K,), never 0: we divide by it
         weights = counts / counts.sum()
         means = responsibility @ z / counts[:, None]
-        for k in range(components):
+        for k in range(K):
             centred = z - means[k]                                          # (N, D)
-            weighted = responsibility[k][:, None] * centred                 # (N, D)
-            covariances[k] = weighted.T @ centred / counts[k] + added       # (D, D)
+            covariances[k] = (responsibility[k] * centred.T) @ centred / counts[k] + added
     return weights, means, torch.linalg.cholesky(covariances)
 
 
@@ -179,180 +171,156 @@ def sample_gmm(mixture, count):
 
 
 def sample_ex_post_prior(model, labels, dataset):
-    """z (N, latent_dim) from the ex-post prior (Ghosh et al. 2020, arXiv:1903.12436), which is made
-    after training: 50 Gaussians, fitted to one z of each training image. For a CVAE, it is one
-    Gaussian for each class, since its z are decoded for a class."""
-    real_z = draw_z(model, dataset.train_images, dataset.train_labels).cpu()
+    """z (N, latent_dim) from the ex-post prior (Ghosh et al. 2020, arXiv:1903.12436), made after
+    training: 50 Gaussians, fitted to one z of each training image; for a CVAE, one each class."""
+    real_z = draw_z(model, dataset.train_images, dataset.train_labels)
     if not is_conditional(model):
-        return sample_gmm(fit_gmm(real_z, components=50), len(labels))
+        return sample_gmm(fit_gmm(real_z, K=50), len(labels))
     z = torch.empty(len(labels), model.latent_dim)
     for c in labels.unique():
         # with a single Gaussian, all points belong to it, and the first iteration finds it
-        gaussian = fit_gmm(real_z[dataset.train_labels == c], components=1, iterations=1)
+        gaussian = fit_gmm(real_z[dataset.train_labels == c], K=1, iterations=1)
         z[labels == c] = sample_gmm(gaussian, int((labels == c).sum()))
     return z
 
 
-def look_at(source, model, z, labels, real):
-    """What the classifier sees in images decoded from z: (features (N, 256), classes (N,))."""
-    print(f"measuring images from {source}", flush=True)
-    return classifier.look(real.resnet, decode(model, z, labels).sigmoid())
-
-
 def measure(script, model, meta, dataset, real):
-    """Measure a model that script (a module) made; meta is the rest of its checkpoint. Returns a
-    dict. Each measurement has its own seed, so that none of them changes another."""
+    """A row of results: a model that script (a module) made, measured; meta is the rest of its
+    checkpoint. Each measurement has its own seed, so that none of them changes another."""
     beta = meta.get("beta")                             # None, except in section 4
-    row = {"model": NAMES[script] if beta is None else f"{NAMES[script]} β={beta:g}", "beta": beta,
+    row = {"model": NAMES[script] if beta is None else f"{NAMES[script]} {beta:g}", "beta": beta,
            "latent_dim": model.latent_dim, "params": sum(p.numel() for p in model.parameters()),
            "seconds": meta["metrics"]["seconds"]}
     torch.manual_seed(meta["seed"])                     # the seed of the script's own test
-    if is_conditional(model):
-        row |= script.test(model, real.images, real.labels)
-    else:
-        row |= script.test(model, real.images)
+    given = [real.images, real.labels] if is_conditional(model) else [real.images]
+    row |= script.test(model, *given)
     row["excess"] = row["recon"] - data.pixel_entropy(real.images).mean().item()
     torch.manual_seed(1)
     z = torch.randn(len(real.labels), model.latent_dim)
-    features, seen = look_at("the prior", model, z, real.labels, real)
+    features, recognised = classifier.look(real.resnet, decode(model, z, real.labels).sigmoid())
     row["fid_prior"] = frechet_distance(features, real.features)
     if is_conditional(model):
-        row["control_prior"] = controllability(seen, real.labels)
-        # of recognised images only, since wrong classes would count as variety
-        right, real_right = seen == real.labels, real.recognised == real.labels
+        row["control_prior"] = controllability(recognised, real.labels)
+        right = recognised == real.labels               # wrong classes would count as variety
+        real_right = real.recognised == real.labels
         row["diversity_prior"] = diversity(features[right], real.labels[right],
                                            real.features[real_right], real.labels[real_right])
     if script is beta_vae:                              # the question of section 4 is another one
-        found = beta_vae.analyse(model.cpu(), real.images)
-        return row | {"gap": found["gap"], "difference": found["difference"]}
+        return row
     torch.manual_seed(2)
     z = sample_ex_post_prior(model, real.labels, dataset)
-    features, _ = look_at("the ex-post prior", model, z, real.labels, real)
+    features, _ = classifier.look(real.resnet, decode(model, z, real.labels).sigmoid())
     row["fid_ex_post"] = frechet_distance(features, real.features)
     torch.manual_seed(3)
     z = draw_z(model, real.images, real.labels)
-    features, seen = look_at("the z of real images", model, z, real.labels, real)
+    features, recognised = classifier.look(real.resnet, decode(model, z, real.labels).sigmoid())
     row["fid_decoded"] = frechet_distance(features, real.features)
-    row["control_decoded"] = controllability(seen, real.labels)
-    if is_conditional(model):
-        torch.manual_seed(4)
-        other = (real.labels + torch.randint(1, 10, (len(z),))) % 10        # never the same class
-        _, seen = look_at("the z of real images, in other classes", model, z, other, real)
-        row["control_swap"] = controllability(seen, other)
+    row["control_decoded"] = controllability(recognised, real.labels)
     torch.manual_seed(5)
-    print("measuring the importance-weighted bound", flush=True)
     row["iw_10"] = importance_weighted_bound(model, real.images, real.labels, draws=10)
     return row
 
 
 # ---------------------------------------------------------------- the tables
 
-SIZE = ["model", "latent_dim", "params", "seconds"]
-MAIN = ["model", "active", "recon", "excess", "kl", "total", "iw_10"]
-IMAGES = ["model", "fid_prior", "fid_ex_post", "fid_decoded"]
-CONTROL = ["model", "control_prior", "control_swap", "control_decoded", "diversity_prior"]
-SHARES = ["control_prior", "control_swap", "control_decoded", "control of real images"]
-SWEEP = ["model", "active", "recon", "kl", "total", "fid_prior", "gap", "difference"]
+TABLES = [["active", "recon", "excess", "kl", "total", "iw_10"],
+          ["fid_prior", "fid_ex_post", "fid_decoded"],
+          ["control_prior", "control_decoded", "diversity_prior"]]
+SWEEP = ["active", "recon", "kl", "total", "fid_prior"]         # of section 4
 
 
 def average(rows):
-    """One row from those of a model under several seeds: their mean, std (over n - 1) and n."""
+    """One row from those of a model under several seeds: mean, std (over n - 1) and n of each."""
     averaged = dict(rows[0])
-    for key in rows[0]:
+    for key in averaged.keys() - {"model", "beta", "latent_dim", "params"}:
         values = [row[key] for row in rows]
-        if len(rows) > 1 and key not in ("model", "beta", "latent_dim", "params"):
-            averaged[key] = {"mean": mean(values), "std": stdev(values), "n": len(values)}
+        std = stdev(values) if len(values) > 1 else None
+        averaged[key] = {"mean": mean(values), "std": std, "n": len(values)}
     return averaged
 
 
-def cell(key, value):
-    """The text of one number in a table: SHARES in percent, others with two decimals."""
-    if value is None:
-        return "–"                                      # does not apply
-    if isinstance(value, dict):
-        # float, as a mean of type int would be printed without decimals
-        return f"{cell(key, float(value['mean']))}±{cell(key, float(value['std']))}"
-    if isinstance(value, float):
-        return f"{value:.1%}" if key in SHARES else f"{value:.2f}"
-    return f"{value:,}" if isinstance(value, int) else value
+def cell(row, key):
+    """The text of a measurement: its mean±std, only its mean, or - if it does not apply."""
+    if key not in row:
+        return "-"
+    numbers = [row[key]["mean"]] if row[key]["std"] is None else [row[key]["mean"], row[key]["std"]]
+    return "±".join(f"{x:.1%}" if key.startswith("control") else f"{x:.2f}" for x in numbers)
 
 
-def noise(rows, key):
-    """By how much single trainings of two equally good models may differ by chance: two standard
-    deviations of their difference, whose variance is s^2 + s^2 (s^2 is that of the seeds, averaged
-    over the rows). Means of n trainings differ less, by a factor of the root of n."""
-    variances = [row[key]["std"] ** 2 for row in rows if isinstance(row.get(key), dict)]
-    return 2 * math.sqrt(2 * mean(variances)) if variances else None    # unknown from one seed
+def noise(rows, columns):
+    """A row that tells by how much single trainings of equally good models may differ by chance:
+    two standard deviations of a difference, 2 root(2 s^2). s^2 is the mean variance over seeds."""
+    row = {"model": "noise"}
+    for key in columns:
+        stds = [other[key]["std"] for other in rows if key in other]
+        if stds and None not in stds:                   # it is unknown from one seed
+            row[key] = {"mean": 2 * math.sqrt(2 * mean(std ** 2 for std in stds)), "std": None}
+    return row
 
 
 def table(rows, columns):
     """The lines of a Markdown table; the last one tells how large the noise is."""
-    lines = [columns] + [[cell(key, row.get(key)) for key in columns] for row in rows]
-    lines.append(["noise"] + [cell(key, noise(rows, key)) for key in columns[1:]])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
-    lines.insert(1, ["-" * width for width in widths])
-    padded = [[text.ljust(width) for text, width in zip(line, widths)] for line in lines]
-    return [f"| {' | '.join(line)} |" for line in padded]
+    lines = [["model", *columns], ["-" * 13] * (len(columns) + 1)]
+    for row in [*rows, noise(rows, columns)]:
+        lines.append([row["model"], *(cell(row, key) for key in columns)])
+    return ["| " + " | ".join(text.ljust(13) for text in line) + " |" for line in lines]
 
 
 def report(results):
     """The tables, yardsticks and warnings (see main) as lines of Markdown."""
     lines = [f"data {results['data']}, split {results['split']}, seeds {results['seeds']}"]
-    main_rows = [row for row in results["rows"] if row["beta"] is None]
-    sweep = [row for row in results["rows"] if row["beta"] is not None]
-    for rows, columns in ((main_rows, MAIN), (main_rows, IMAGES), (main_rows, CONTROL),
-                          (sweep, SWEEP), (main_rows, SIZE)):
-        lines += ["", *table(rows, columns)]
-    yardsticks = [f"- {name}: {cell(name, x)}" for name, x in results["yardsticks"].items()]
-    return [*lines, "", *yardsticks, *results["stale"]]
+    for columns in TABLES:
+        lines += ["", *table([row for row in results["rows"] if row["beta"] is None], columns)]
+    lines += ["", *table([row for row in results["rows"] if row["beta"] is not None], SWEEP), ""]
+    for name, x in results["yardsticks"].items():
+        lines.append(f"- {name}: {cell({name: {'mean': x, 'std': None}}, name)}")
+    return lines + results["stale"]
 
 
 def draw_models(models, real, path):
     """Test images, their reconstructions and samples. models: {name: (model, row of the table)}."""
-    torch.manual_seed(0)
-    first, classes = data.one_of_each_class(real.labels)
-    images, labels = real.images[first], real.labels[first]
+    indices, classes = data.one_of_each_class(real.labels)
+    images, labels = real.images[indices], real.labels[indices]
     pictures, titles = [images], ["test images"]
     for name, (model, row) in models.items():
         z = draw_z(model, images, labels)
-        pictures.append(decode(model, z, labels).sigmoid().cpu())
-        titles.append(f"{name}, recon {row['recon']:.1f} nats")
-        pictures.append(decode(model, torch.randn(z.shape), labels).sigmoid().cpu())
-        titles.append(f"samples, FID {row['fid_prior']:.2f}")
+        for source in (z, torch.randn(z.shape)):
+            pictures.append(decode(model, source, labels).sigmoid())
+        titles += [f"{name}, recon {row['recon']:.1f} nats", f"samples, FID {row['fid_prior']:.2f}"]
     data.image_grid(torch.stack(pictures), path,        # (R, 10, 1, 28, 28)
                     "Of each model: reconstructions, and samples from N(0, I)", titles, classes)
 
 
 def find_or_train(script, args, seed, dataset):
-    """(paths of a script's checkpoints, its text). If one is missing, the script is run now."""
-    epochs = args.epochs or script.flags().get_default("epochs")
-    argv = ["--data", dataset.source, "--seed", seed, "--epochs", epochs, "--device", args.device,
-            "--out", args.out]
-    wanted = data.read_flags(script.flags(), argv)      # from these follow the names of the files
-    ends = [f"-beta{beta}" for beta in beta_vae.BETAS] if script is beta_vae else [""]
-    paths = [data.run_path(wanted, dataset.source, end) for end in ends]
-    if not all(path.exists() for path in paths):
-        script.main(argv, dataset=dataset)
-    return paths, wanted.code
+    """The paths of a script's checkpoints. Those that are missing are made now."""
+    words = ["--data", dataset.source, "--out", f"{args.out}", "--device", args.device]
+    words += ["--seed", f"{seed}", *(["--epochs", f"{args.epochs}"] if args.epochs else [])]
+    wanted = script.FLAGS.parse_args(words)             # from these follow the names of the files
+    if script is not beta_vae:
+        path = data.run_path(wanted, dataset.source)
+        return [path if path.exists() else script.main(words, dataset)]
+    paths = {beta: data.run_path(wanted, dataset.source, f"-beta{beta}") for beta in wanted.betas}
+    missing = [f"{beta}" for beta, path in paths.items() if not path.exists()]
+    if missing:
+        script.main([*words, "--betas", *missing], dataset)
+    return list(paths.values())
 
 
-@data.command
+FLAGS = data.flags(__file__, __doc__)
+FLAGS.add_argument("--seeds", type=data.at_least(0), nargs="+", default=[0])
+FLAGS.add_argument("--epochs", type=data.at_least(1), help="of all trainings, for a trial")
+FLAGS.add_argument("--split", choices=("test", "val"), default="test", help="val: for choices")
+FLAGS.add_argument("--device", default="auto", help="cpu, cuda, mps; auto: cuda or cpu")
+
+
 def main(argv=None):
-    """Train what is missing, measure, save, print, draw. argv: a list of flags, or None for those
-    of the command line. Returns the path of the results."""
-    parser = data.Parser("evaluate", __doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the trainings")
-    parser.add_argument("--epochs", type=int, help="of all trainings, for a trial")
-    parser.add_argument("--split", choices=("test", "val"), default="test", help="val: for choices")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    args = data.read_flags(parser, argv)
+    """Train what is missing, measure, save, draw, print. Returns the path of the results."""
+    args = FLAGS.parse_args(argv)
     dataset = data.load(args.data)
-    resnet, _ = classifier.load_pretrained(args.device)
     images = getattr(dataset, f"{args.split}_images")
     labels = getattr(dataset, f"{args.split}_labels")
-    print("measuring the real images", flush=True)
-    features, recognised = classifier.look(resnet, images)
-    real = Real(images, labels, resnet, features, recognised)
+    resnet, _ = classifier.load_pretrained(data.pick_device(args.device))
+    real = Real(images, labels, resnet, *classifier.look(resnet, images))
     torch.manual_seed(0)
     uniform, _ = classifier.look(resnet, torch.rand_like(images))
     yardsticks = {                                      # what would be good, and what hopeless
@@ -360,41 +328,33 @@ def main(argv=None):
         "fid of halves of the images": frechet_distance(real.features[::2], real.features[1::2]),
         "fid of uniform noise": frechet_distance(real.features, uniform),
         "control of real images": controllability(real.recognised, labels)}
-    seeds = sorted(set(args.seeds))
-    rows, models = {}, {}                               # rows: {model: [a row for each seed]}
-    differences, stale = [], []
+    rows, models, stale = {}, {}, []                    # rows: {model: [a row for each seed]}
+    checksum, seeds = data.checksum(dataset), sorted(set(args.seeds))
     for script in NAMES:
         for seed in seeds:
-            paths, code = find_or_train(script, args, seed, dataset)
-            for path in paths:
-                print(f"\n{path}", flush=True)
-                model, meta = script.load_model(path, args.device)
-                if meta.get("code") != code:
-                    stale.append(f"- {path} was trained by another version of {script.__name__}.py:"
-                                 " if more than a comment changed, delete it and run again")
-                    print(stale[-1], flush=True)
+            for path in find_or_train(script, args, seed, dataset):
+                print(f"measuring {path}", flush=True)
+                model, meta = script.load_model(path)
+                now = {"code": script.FLAGS.get_default("code"), "training images": checksum}
+                for what in now:
+                    if meta[what] != now[what]:
+                        stale.append(f"- {path} was made with other {what}: delete it, run again")
+                        print(stale[-1])
                 row = measure(script, model, meta, dataset, real)
                 rows.setdefault(row["model"], []).append(row)
-                if script is beta_vae:
-                    differences.append(row["difference"])
-                else:
+                if script is not beta_vae:
                     models.setdefault(row["model"], (model, row))           # of the first seed
-    # over all betas and seeds: are latents better than their random mixtures?
-    yardsticks["difference of all β-VAEs: gap minus rotated gap"] = {
-        "mean": mean(differences), "std": stdev(differences), "n": len(differences)}
     results = {"data": dataset.source, "split": args.split, "seeds": seeds, "epochs": args.epochs,
-               "device": str(args.device), "torch": str(torch.__version__),
-               "date": time.strftime("%Y-%m-%d"), "floor": yardsticks["entropy floor"],
-               "yardsticks": yardsticks, "rows": [average(rows[name]) for name in rows],
-               "stale": stale}
-    print("", *report(results), sep="\n")
-    numbers = "-".join(str(seed) for seed in seeds)
-    path = args.out / f"results-{dataset.source}-seeds{numbers}{args.changes}.json"
-    data.write_file(path, json.dumps(results, indent=1).encode())
+               "device": str(resnet.mean.device), "torch": torch.__version__,
+               "floor": yardsticks["entropy floor"], "yardsticks": yardsticks, "stale": stale,
+               "rows": [average(rows[name]) for name in rows]}
+    name = f"results-{dataset.source}-{args.split}-seeds{'-'.join(map(str, seeds))}"
+    name += f"-epochs{args.epochs}" if args.epochs else ""
+    path = data.write_file(args.out / f"{name}.json", json.dumps(results, indent=1).encode())
     draw_models(models, real, path.with_suffix(".png"))
-    print(f"-> {path} and the picture {path.stem}.png")
+    print("", *report(results), f"-> {path} and the picture {name}.png", sep="\n")
     return path
 
 
 if __name__ == "__main__":
-    main()
+    data.run(main)
