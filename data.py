@@ -85,7 +85,7 @@ def load(source="auto"):
     tensors = {"source": used}
     for split, (images, labels) in arrays.items():
         # / 255 and nothing else: the loss needs pixels in [0, 1]
-        images = torch.from_numpy(images.reshape(-1, 1, 28, 28) / np.float32(255))
+        images = torch.from_numpy(images[:, None] / np.float32(255))        # (N, 1, 28, 28)
         tensors[f"{split}_images"] = images
         tensors[f"{split}_labels"] = torch.from_numpy(labels.astype(np.int64))      # (N,)
         floor = pixel_entropy(images).mean()
@@ -137,8 +137,9 @@ def unpack(raw, name, where):
             raise ValueError("wrong checksum")
     except Exception as error:  # OSError, EOFError or zlib.error: damaged all the same
         raise UserError(f"{where}: damaged, or other data ({error}); get it anew")
-    header = 16 if "images" in name else 8              # bytes before the numbers (IDX format)
-    return np.frombuffer(raw, np.uint8, offset=header)
+    if "images" in name:            # the IDX format: 16 bytes before images, 8 before labels
+        return np.frombuffer(raw, np.uint8, offset=16).reshape(-1, 28, 28)
+    return np.frombuffer(raw, np.uint8, offset=8)
 
 
 # ================================================================ helpers that are not the lesson
@@ -300,7 +301,6 @@ def main(argv=None):
     x, y = dataset.train_images, dataset.train_labels
     ten_of_each = torch.stack([x[y == c][:10, 0] for c in range(10)])       # (10, 10, 28, 28)
     image_grid(ten_of_each, args.out / "data-samples.png", "Ten of each class", CLASSES)
-
     figure = Figure((10, 3.4), dpi=120, layout="constrained")
     left = figure.add_subplot(1, 2, 1, title="Training images of each class")
     left.bar(range(10), y.bincount(minlength=10).numpy())
