@@ -11,8 +11,7 @@ names), but with only 10 latents and 8 epochs, so its totals are higher. Up to t
 
 What does each latent, each dimension of z, learn? Traversals show it (decode z while one latent
 moves), and so does the correlation of each latent with five attributes of the image, such as its
-width. Only active latents are shown, those that cost more than 0.1 nats: the KL is the price of a
-latent, and what costs nothing tells nothing.
+width. Only active latents are shown: one that costs less than 0.1 nats tells next to nothing.
 
     python beta_vae.py                  # four minutes on two CPU cores
 
@@ -224,8 +223,7 @@ def draw_tradeoff(sweep, path):
     figure = data.Figure((11, 4.2), dpi=100, layout="constrained")
     left, right = figure.subplots(1, 2)
     left.set(title="A small beta: z tells more", xlabel="KL (rate), in nats",
-             ylabel="recon (distortion), in nats")
-    left.margins(x=0.25)                                # space for the names
+             ylabel="recon (distortion), in nats", xmargin=0.25)            # space for the names
     left.plot([found["kl"] for found in sweep.values()],
               [found["recon"] for found in sweep.values()], "o-")
     for beta, found in sweep.items():
@@ -265,6 +263,8 @@ def draw_attributes(sweep, path):
     figure = data.Figure((2.6 * len(sweep), 1.4 + 0.3 * most), dpi=120, layout="constrained")
     figure.suptitle("How strongly each active latent goes with each attribute: |correlation|")
     for i, (beta, found) in enumerate(sweep.items(), 1):
+        if not found["latents"]:
+            continue
         axes = figure.add_subplot(1, len(sweep), i, title=f"beta {beta:g}")
         axes.imshow(found["correlations"].numpy(), cmap="Blues", vmin=0, vmax=1, alpha=0.5,
                     origin="upper", aspect="auto")
