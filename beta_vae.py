@@ -40,7 +40,7 @@ class BetaVAE(torch.nn.Module):
         self.encoder = torch.nn.Sequential(
             torch.nn.Flatten(),                                             # (B, 784)
             torch.nn.Linear(784, hidden),
-            torch.nn.LayerNorm(hidden), torch.nn.GELU(),                    # (B, 512)
+            torch.nn.LayerNorm(hidden), torch.nn.GELU(),    # (B, 512), mean 0 and std 1 before GELU
             torch.nn.Linear(hidden, hidden), torch.nn.GELU(),
             torch.nn.Linear(hidden, 2 * latent_dim),    # mu and log sigma^2 of each latent
         )
@@ -68,7 +68,7 @@ class BetaVAE(torch.nn.Module):
         """p(x | z): z (B, latent_dim) -> logits (B, 1, 28, 28)."""
         gelu = torch.nn.functional.gelu
         h = self.dense1(z)                              # (B, 512)
-        h = h + self.dense2(gelu(h))                    # residual: the layer learns only a change
+        h = h + self.dense2(gelu(h))                    # residual: h and a learned change
         h = h + self.dense3(gelu(h))
         return self.to_pixels(gelu(h))
 
@@ -83,7 +83,7 @@ class BetaVAE(torch.nn.Module):
 # ---------------------------------------------------------------- the loss
 
 def kl_of_latents(mu, logvar):
-    """KL( N(mu, sigma^2) || N(0, 1) ) of each latent, in nats: (B, latent_dim), as are mu, logvar.
+    """KL( N(mu, sigma^2) || N(0, 1) ) of each latent: mu, logvar (B, latent_dim) -> the same shape.
     It needs no draws of z (Kingma & Welling, appendix B):
 
         KL  =  1/2 [ mu^2 + sigma^2 - log sigma^2 - 1 ]"""
@@ -96,8 +96,8 @@ def elbo_terms(logits, x, mu, logvar):
 
         recon  =  -log p(x | z)  =  -sum_i [ x_i log p_i + (1 - x_i) log(1 - p_i) ]
 
-    p_i = sigmoid(logit_i) is the probability that pixel i is white. A grey pixel x_i counts as the
-    share x_i of a white one and the share 1 - x_i of a black one."""
+    p_i = sigmoid(logit_i) is the probability that pixel i is white. Of grey pixels, this is the
+    mean cost of black and white images in which pixel i is white with probability x_i."""
     recon = torch.nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="none")
     recon = recon.flatten(1).sum(1)                     # (B,)
     kl = kl_of_latents(mu, logvar).sum(1)               # (B,)
@@ -107,11 +107,11 @@ def elbo_terms(logits, x, mu, logvar):
 # ---------------------------------------------------------------- training and testing
 
 def check_images(images):
-    """ValueError unless the pixels lie in [0, 1]: all others would be wrong without a word."""
+    """ValueError unless the pixels lie in [0, 1], and one is above 0.1: none is if all were divided
+    by 255 twice. Other images would be trained on, with numbers that mean nothing."""
     low, high = images.min().item(), images.max().item()
-    if not (low >= 0 and 0.1 < high <= 1):              # of nan, all comparisons are False
-        raise ValueError(f"pixels range from {low:.4g} to {high:.4g}, but should from 0 to 1:"
-                         " were they scaled twice, or not at all?")
+    if not (low >= 0 and 0.1 < high <= 1):              # with nan, every comparison is False
+        raise ValueError(f"pixels range from {low:.4g} to {high:.4g}: scale them to [0, 1], once")
 
 
 def train(model, train_images, val_images, epochs, batch_size, lr, beta):
@@ -127,7 +127,7 @@ def train(model, train_images, val_images, epochs, batch_size, lr, beta):
     optimizer = torch.optim.Adam(model.parameters(), lr, betas=(0.9, 0.99), fused=True)
     steps = epochs * math.ceil(len(train_images) / batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps,
-                                                   cycle_momentum=False)    # do not move beta1
+                                                   cycle_momentum=False)    # Adam has its own
     history, start = [], time.perf_counter()
     for epoch in range(1, epochs + 1):
         model.train()
@@ -164,16 +164,16 @@ def test(model, images, batch_size=1000):
     check_images(images)
     model.eval()
     device = next(model.parameters()).device
-    recon_sum, kl_sum, latents_sum = 0.0, 0.0, 0.0
+    recon_sum, kl_sum, each_kl_sum = 0.0, 0.0, 0.0
     for x in images.split(batch_size):
         x = x.to(device)                                # (B, 1, 28, 28)
         logits, mu, logvar = model(x)
         recon, kl = elbo_terms(logits, x, mu, logvar)
         recon_sum += recon.sum().item()
         kl_sum += kl.sum().item()
-        latents_sum += kl_of_latents(mu, logvar).sum(0)                     # (latent_dim,)
+        each_kl_sum += kl_of_latents(mu, logvar).sum(0)                     # (latent_dim,)
     mean_recon, mean_kl = recon_sum / len(images), kl_sum / len(images)
-    active = (latents_sum / len(images) > 0.1).sum().item()
+    active = (each_kl_sum / len(images) > 0.1).sum().item()
     return {"recon": mean_recon, "kl": mean_kl, "total": mean_recon + mean_kl, "active": active}
 
 

@@ -83,9 +83,9 @@ class FashionResNet18(torch.nn.Module):
 def check_images(images):
     """ValueError unless images are raw: not normalised, no logits, not scaled twice."""
     low, high = images.min().item(), images.max().item()
-    if not (low >= 0 and 0.1 < high <= 1):              # of nan, all comparisons are False
-        raise ValueError(f"images range from {low:.4g} to {high:.4g}, but should from 0 to 1: the"
-                         " classifier takes raw images; take the sigmoid of logits")
+    if not (low >= 0 and 0.1 < high <= 1):              # with nan, every comparison is False
+        raise ValueError(f"images range from {low:.4g} to {high:.4g}, but the classifier takes raw"
+                         " images in [0, 1]: take the sigmoid of logits, and do not normalise")
 
 
 @torch.no_grad()
@@ -138,13 +138,12 @@ def train(model, train_images, train_labels, val_images, val_labels, epochs, bat
     (N,). Returns the best accuracy on the validation images; the model then has the weights of that
     epoch. generator: of all random numbers. FloatingPointError if the loss is not finite."""
     check_images(train_images)
-    if len(train_labels) != len(train_images) or val_labels.shape != val_images.shape[:1]:
+    if (train_labels.shape, val_labels.shape) != (train_images.shape[:1], val_images.shape[:1]):
         raise ValueError("give one label for each image")
     device = next(model.parameters()).device
     train_images, train_labels = train_images.to(device), train_labels.to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, nesterov=True,
                                 weight_decay=5e-4)
-    cross_entropy = torch.nn.CrossEntropyLoss(label_smoothing=0.1)
     steps = epochs * math.ceil(len(train_images) / batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps,
                                                    cycle_momentum=False)    # leave it at 0.9
@@ -159,7 +158,7 @@ def train(model, train_images, train_labels, val_images, val_labels, epochs, bat
             x = augment(train_images[indices.to(device)], generator)        # (B, 1, 28, 28)
             y = train_labels[indices.to(device)]                            # (B,)
             logits = model(x)                                               # (B, 10)
-            loss = cross_entropy(logits, y)
+            loss = torch.nn.functional.cross_entropy(logits, y, label_smoothing=0.1)
             if not torch.isfinite(loss):
                 raise FloatingPointError(f"loss {loss.item()} in epoch {epoch}: choose a lower lr")
             optimizer.zero_grad()

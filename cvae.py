@@ -12,9 +12,9 @@ the patches of the image, one of them 1 and the others 0; the decoder sees it as
 z. The same z with another y is the same style in another class.
 
 The total is an upper bound on -log p(x | y), not on -log p(x). To compare it with that of a VAE,
-add what the label costs, -log p(y), averaged over the images: as p(x) is the sum of p(x, y) over
-all y, it is at least p(x, y) = p(x | y) p(y), and so -log p(x) <= -log p(x | y) - log p(y). For ten
-equally frequent classes, it is log 10 = 2.30 nats.
+add what the label costs, the mean of -log p(y); of ten equally frequent classes, log 10 = 2.30:
+
+    p(x)  >=  p(x, y)  =  p(x | y) p(y),    so    -log p(x)  <=  -log p(x | y)  -  log p(y)
 
     python cvae.py                      # five minutes on two CPU cores
 
@@ -43,7 +43,7 @@ class CVAE(torch.nn.Module):
             torch.nn.Conv2d(16 + 10, channels, 3, padding=1), torch.nn.GELU(),  # (B, 48, 7, 7)
             torch.nn.Flatten(),                                             # (B, 2352)
             torch.nn.Linear(channels * 7 * 7, hidden),
-            torch.nn.LayerNorm(hidden), torch.nn.GELU(),                    # (B, 512)
+            torch.nn.LayerNorm(hidden), torch.nn.GELU(),    # (B, 512), mean 0 and std 1 before GELU
             torch.nn.Linear(hidden, hidden), torch.nn.GELU(),
             torch.nn.Linear(hidden, 2 * latent_dim),    # mu and log sigma^2 of each latent
         )
@@ -78,7 +78,7 @@ class CVAE(torch.nn.Module):
         label = torch.nn.functional.one_hot(y, 10).to(z.dtype)              # (B, 10)
         gelu = torch.nn.functional.gelu
         h = self.dense1(torch.cat([z, label], dim=1))   # (B, 512)
-        h = h + self.dense2(gelu(h))                    # residual: the layer learns only a change
+        h = h + self.dense2(gelu(h))                    # residual: h and a learned change
         h = h + self.dense3(gelu(h))
         return self.to_pixels(gelu(h))
 
@@ -93,7 +93,7 @@ class CVAE(torch.nn.Module):
 # ---------------------------------------------------------------- the loss
 
 def kl_of_latents(mu, logvar):
-    """KL( N(mu, sigma^2) || N(0, 1) ) of each latent, in nats: (B, latent_dim), as are mu, logvar.
+    """KL( N(mu, sigma^2) || N(0, 1) ) of each latent: mu, logvar (B, latent_dim) -> the same shape.
     It needs no draws of z (Kingma & Welling, appendix B):
 
         KL  =  1/2 [ mu^2 + sigma^2 - log sigma^2 - 1 ]"""
@@ -106,8 +106,8 @@ def elbo_terms(logits, x, mu, logvar):
 
         recon  =  -log p(x | z)  =  -sum_i [ x_i log p_i + (1 - x_i) log(1 - p_i) ]
 
-    p_i = sigmoid(logit_i) is the probability that pixel i is white. A grey pixel x_i counts as the
-    share x_i of a white one and the share 1 - x_i of a black one."""
+    p_i = sigmoid(logit_i) is the probability that pixel i is white. Of grey pixels, this is the
+    mean cost of black and white images in which pixel i is white with probability x_i."""
     recon = torch.nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="none")
     recon = recon.flatten(1).sum(1)                     # (B,)
     kl = kl_of_latents(mu, logvar).sum(1)               # (B,)
@@ -117,15 +117,15 @@ def elbo_terms(logits, x, mu, logvar):
 # ---------------------------------------------------------------- training and testing
 
 def check_images(images):
-    """ValueError unless the pixels lie in [0, 1]: all others would be wrong without a word."""
+    """ValueError unless the pixels lie in [0, 1], and one is above 0.1: none is if all were divided
+    by 255 twice. Other images would be trained on, with numbers that mean nothing."""
     low, high = images.min().item(), images.max().item()
-    if not (low >= 0 and 0.1 < high <= 1):              # of nan, all comparisons are False
-        raise ValueError(f"pixels range from {low:.4g} to {high:.4g}, but should from 0 to 1:"
-                         " were they scaled twice, or not at all?")
+    if not (low >= 0 and 0.1 < high <= 1):              # with nan, every comparison is False
+        raise ValueError(f"pixels range from {low:.4g} to {high:.4g}: scale them to [0, 1], once")
 
 
 def check_labels(labels, images):
-    """ValueError unless there is one label for each image: zip() would cut without a word."""
+    """ValueError unless there is one label for each image: zip() in test() would drop the rest."""
     if labels.shape != images.shape[:1]:
         raise ValueError(f"labels {tuple(labels.shape)} for {len(images)} images: give one each")
 
@@ -139,6 +139,8 @@ def train(model, train_images, train_labels, val_images, val_labels, epochs, bat
     fused only makes each step faster."""
     check_images(train_images)
     check_images(val_images)
+    if not 0 <= warmup <= 1:
+        raise ValueError(f"warmup is a share of all steps, from 0 to 1, but is {warmup}")
     check_labels(train_labels, train_images)
     check_labels(val_labels, val_images)
     device = next(model.parameters()).device
@@ -147,7 +149,7 @@ def train(model, train_images, train_labels, val_images, val_labels, epochs, bat
     optimizer = torch.optim.Adam(model.parameters(), lr, betas=(0.9, 0.99), fused=True)
     steps = epochs * math.ceil(len(train_images) / batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps,
-                                                   cycle_momentum=False)    # do not move beta1
+                                                   cycle_momentum=False)    # Adam has its own
     step = 0
     history, start = [], time.perf_counter()
     for epoch in range(1, epochs + 1):
@@ -190,16 +192,16 @@ def test(model, images, labels, batch_size=1000):
     check_labels(labels, images)
     model.eval()
     device = next(model.parameters()).device
-    recon_sum, kl_sum, latents_sum = 0.0, 0.0, 0.0
+    recon_sum, kl_sum, each_kl_sum = 0.0, 0.0, 0.0
     for x, y in zip(images.split(batch_size), labels.split(batch_size)):
         x = x.to(device)                                # (B, 1, 28, 28)
         logits, mu, logvar = model(x, y.to(device))
         recon, kl = elbo_terms(logits, x, mu, logvar)
         recon_sum += recon.sum().item()
         kl_sum += kl.sum().item()
-        latents_sum += kl_of_latents(mu, logvar).sum(0)                     # (latent_dim,)
+        each_kl_sum += kl_of_latents(mu, logvar).sum(0)                     # (latent_dim,)
     mean_recon, mean_kl = recon_sum / len(images), kl_sum / len(images)
-    active = (latents_sum / len(images) > 0.1).sum().item()
+    active = (each_kl_sum / len(images) > 0.1).sum().item()
     return {"recon": mean_recon, "kl": mean_kl, "total": mean_recon + mean_kl, "active": active}
 
 
@@ -229,7 +231,7 @@ def draw_pictures(model, dataset, history, stem):
 def in_all_classes(model, z):
     """z (N, latent_dim), decoded as each class: (N, 10, 1, 28, 28), in [0, 1]."""
     classes = torch.arange(10, device=z.device)
-    return torch.stack([model.decode(one.expand(10, -1), classes).sigmoid() for one in z])
+    return torch.stack([model.decode(style.expand(10, -1), classes).sigmoid() for style in z])
 
 
 # ---------------------------------------------------------------- the section

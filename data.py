@@ -8,7 +8,7 @@ the loss of every VAE here is a binary cross-entropy, which needs targets in [0,
 
 (The sum goes over the 784 pixels i, and a nat is the unit of the natural logarithm.) For grey
 pixels even the perfect prediction p = x costs more than 0. This least cost is the pixel entropy,
-BCE(x, x); its mean over the images is the entropy floor. The other scripts print the excess: their
+BCE(x, x); its mean over the images is the entropy floor. The model scripts print the excess: their
 cross-entropy minus this floor.
 
     python data.py            # takes seconds and writes two figures to runs/
@@ -73,7 +73,7 @@ def split_indices(labels):
 def load(source="auto"):
     """The data set as a FashionMNIST. source: "full", "sample", or "auto": the full data set, or
     the sample if that cannot be had. A file that is there but wrong is always an error."""
-    used = {"auto": "full", "full": "full", "sample": "sample"}[source]
+    used = {"auto": "full", "full": "full", "sample": "sample"}[source]     # what is tried first
     try:
         arrays = read(used)
     except ConnectionError as error:
@@ -178,7 +178,7 @@ def flags(file, lesson, **defaults):
     for name, default in defaults.items():
         number = at_least(1) if isinstance(default, int) else at_least(0.0)
         parser.add_argument("--" + name.replace("_", "-"), type=number, default=default)
-    # args.script and args.code: the name and the text of the file, as it is now
+    # saved with each model, so that evaluate.py can tell if the file has changed since
     parser.set_defaults(script=Path(file).stem, code=Path(file).read_text(encoding="utf-8"),
                         defaults=defaults)
     return parser
@@ -219,7 +219,7 @@ def print_test(metrics, dataset):
 
 
 def checksum(dataset):
-    """The SHA-256 of all training images and labels: other ones have another."""
+    """The SHA-256 of all training images and labels, which is another for any other ones."""
     digest = hashlib.sha256(dataset.train_images.cpu().contiguous().numpy())
     digest.update(dataset.train_labels.cpu().contiguous().numpy())
     return digest.hexdigest()
@@ -236,8 +236,8 @@ def save_checkpoint(path, args, dataset, metrics, state_dict, **more):
 
 
 def write_file(path, content):
-    """Write bytes under another name, then rename: path is the old file or the new one, whole. If
-    it cannot be renamed, it stays as it is, and Python's error tells its name. Returns path."""
+    """Write bytes under a temporary name, then rename: path is the old file or the new one, whole.
+    If renaming fails, the new file is kept, and Python's error tells its name. Returns path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     temporary.write_bytes(content)

@@ -9,9 +9,9 @@ choice of settings has seen. A classifier (classifier.py) judges the images:
 
 Where does a bad image come from? We decode z of three sources, and measure the fid of each:
 
-    fid_decoded   z of the test images: what is bad was lost in z, or by the decoder
-    fid_prior     z from N(0, I): what is added is due to holes, where no real image has its z
-    fid_ex_post   z from a mixture of Gaussians, fitted to real z: its draws avoid many holes
+    fid_decoded   z of the test images themselves: what is lost by encoding and decoding
+    fid_prior     z from N(0, I), which also draws where no image has its z (holes)
+    fid_ex_post   z from a mixture of Gaussians, fitted to the z of images: fewer holes
 
     python evaluate.py      # 20 to 30 minutes on two CPU cores; a second call only measures again
 
@@ -50,7 +50,7 @@ def encode(model, images, labels):
 
 def draw_z(model, images, labels):
     """A draw of z from q(z | x) for each image, (N, latent_dim); in batches, which is faster."""
-    batches = zip(images.split(1000), labels.split(1000))
+    batches = zip(images.split(1000), labels.split(1000), strict=True)
     return torch.cat([model.reparameterize(*encode(model, x, y)) for x, y in batches])
 
 
@@ -78,10 +78,10 @@ def frechet_distance(features_a, features_b):
     cov_a = (a - mean_a).T @ (a - mean_a) / (len(a) - 1)                    # (D, D)
     cov_b = (b - mean_b).T @ (b - mean_b) / (len(b) - 1)
     # A trace is the sum of the eigenvalues, and the eigenvalues of a matrix root are the roots of
-    # those of the matrix. Those of S_a S_b are real and not negative, but for rounding.
+    # those of the matrix. (Those of S_a S_b are real and never negative, but for rounding.)
     eigenvalues = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0)     # (D,)
-    of_covariances = cov_a.trace() + cov_b.trace() - 2 * eigenvalues.sqrt().sum()
-    return ((mean_a - mean_b).pow(2).sum() + of_covariances).clamp(min=0).item()
+    spread = cov_a.trace() + cov_b.trace() - 2 * eigenvalues.sqrt().sum()
+    return ((mean_a - mean_b).pow(2).sum() + spread).clamp(min=0).item()
 
 
 def controllability(recognised, asked):
@@ -93,7 +93,7 @@ def controllability(recognised, asked):
 
 def diversity(features, labels, real_features, real_labels):
     """The mean distance between the features (N, D) of two drawn images of a class, over that of
-    two real ones; mean of the classes that have two. 1: as varied as real ones, 0: always one."""
+    two real ones; mean of the classes with two real ones. 1: as varied as these, 0: all alike."""
     ratios = []
     for c in real_labels.unique():
         drawn, real = features[labels == c], real_features[real_labels == c]
@@ -109,7 +109,8 @@ def importance_weighted_bound(model, images, labels, draws):
 
         -log p(x)  <=  -E[ log( mean of w ) ],    w = p(x | z) p(z) / q(z | x),    z ~ q(z | x)
 
-    One draw gives -ELBO. A mean of more varies less, so that Jensen's inequality loses less."""
+    One draw estimates -ELBO; with more of them, the bound comes nearer to -log p(x)."""
+    vae.check_images(images)
     mu, logvar = encode(model, images, labels)
     log_w = []
     for _ in range(draws):
@@ -119,8 +120,7 @@ def importance_weighted_bound(model, images, labels, draws):
         log_prior = -0.5 * z.pow(2).sum(1)                                  # (N,)
         log_q = -0.5 * ((z - mu).pow(2) / logvar.exp() + logvar).sum(1)     # (N,)
         log_w.append(-recon + log_prior - log_q)
-    log_mean_w = torch.stack(log_w).double().logsumexp(dim=0) - math.log(draws)
-    return -log_mean_w.mean().item()
+    return math.log(draws) - torch.stack(log_w).double().logsumexp(dim=0).mean().item()
 
 
 def log_joint(z, weights, means, factors):
@@ -144,10 +144,9 @@ def fit_gmm(z, K, iterations=100, ridge=1e-3):
     EM (Bishop 2006, section 9.2.2) guesses in turn which component made each point, and fits each
     component to its points. The ridge keeps covariances invertible."""
     added = ridge * torch.eye(z.shape[1], dtype=z.dtype)                    # (D, D)
-    # each component starts at one of the points, and as wide as all z
     weights = torch.full((K,), 1 / K, dtype=z.dtype)
-    means = z[torch.randperm(len(z))[:K]]
-    covariances = (z.var(0).diag() + added).repeat(K, 1, 1)
+    means = z[torch.randperm(len(z))[:K]]               # start at K of the points
+    covariances = (z.var(0).diag() + added).repeat(K, 1, 1)                 # as wide as all z
     for _ in range(iterations):
         # E step: how likely is it that component k made point n? Its responsibility
         logs = log_joint(z, weights, means, torch.linalg.cholesky(covariances))
@@ -158,7 +157,8 @@ def fit_gmm(z, K, iterations=100, ridge=1e-3):
         means = responsibility @ z / counts[:, None]
         for k in range(K):
             centred = z - means[k]                                          # (N, D)
-            covariances[k] = (responsibility[k] * centred.T) @ centred / counts[k] + added
+            weighted = responsibility[k] * centred.T    # (D, N): each point by its responsibility
+            covariances[k] = weighted @ centred / counts[k] + added         # (D, D)
     return weights, means, torch.linalg.cholesky(covariances)
 
 
@@ -178,8 +178,7 @@ def sample_ex_post_prior(model, labels, dataset):
         return sample_gmm(fit_gmm(real_z, K=50), len(labels))
     z = torch.empty(len(labels), model.latent_dim)
     for c in labels.unique():
-        # with a single Gaussian, all points belong to it, and the first iteration finds it
-        gaussian = fit_gmm(real_z[dataset.train_labels == c], K=1, iterations=1)
+        gaussian = fit_gmm(real_z[dataset.train_labels == c], K=1, iterations=1)    # exact
         z[labels == c] = sample_gmm(gaussian, int((labels == c).sum()))
     return z
 
@@ -192,8 +191,7 @@ def measure(script, model, meta, dataset, real):
            "latent_dim": model.latent_dim, "params": sum(p.numel() for p in model.parameters()),
            "seconds": meta["metrics"]["seconds"]}
     torch.manual_seed(meta["seed"])                     # the seed of the script's own test
-    given = [real.images, real.labels] if is_conditional(model) else [real.images]
-    row |= script.test(model, *given)
+    row |= script.test(model, real.images, *([real.labels] if is_conditional(model) else []))
     row["excess"] = row["recon"] - data.pixel_entropy(real.images).mean().item()
     torch.manual_seed(1)
     z = torch.randn(len(real.labels), model.latent_dim)
@@ -216,7 +214,7 @@ def measure(script, model, meta, dataset, real):
     features, recognised = classifier.look(real.resnet, decode(model, z, real.labels).sigmoid())
     row["fid_decoded"] = frechet_distance(features, real.features)
     row["control_decoded"] = controllability(recognised, real.labels)
-    torch.manual_seed(5)
+    torch.manual_seed(4)
     row["iw_10"] = importance_weighted_bound(model, real.images, real.labels, draws=10)
     return row
 
@@ -248,13 +246,14 @@ def cell(row, key):
 
 
 def noise(rows, columns):
-    """A row that tells by how much single trainings of equally good models may differ by chance:
-    two standard deviations of a difference, 2 root(2 s^2). s^2 is the mean variance over seeds."""
+    """A row that tells by how much two single trainings may differ by chance: two standard
+    deviations of their difference, 2 root(2 s^2). Means of n differ less, by a factor root(n)."""
     row = {"model": "noise"}
     for key in columns:
         stds = [other[key]["std"] for other in rows if key in other]
         if stds and None not in stds:                   # it is unknown from one seed
-            row[key] = {"mean": 2 * math.sqrt(2 * mean(std ** 2 for std in stds)), "std": None}
+            s2 = mean(std ** 2 for std in stds)         # the variance over seeds, a mean of rows
+            row[key] = {"mean": 2 * math.sqrt(2 * s2), "std": None}
     return row
 
 
@@ -273,7 +272,7 @@ def report(results):
         lines += ["", *table([row for row in results["rows"] if row["beta"] is None], columns)]
     lines += ["", *table([row for row in results["rows"] if row["beta"] is not None], SWEEP), ""]
     for name, x in results["yardsticks"].items():
-        lines.append(f"- {name}: {cell({name: {'mean': x, 'std': None}}, name)}")
+        lines.append(f"- {name}: {x:.1%}" if name.startswith("control") else f"- {name}: {x:.2f}")
     return lines + results["stale"]
 
 
@@ -284,26 +283,26 @@ def draw_models(models, real, path):
     pictures, titles = [images], ["test images"]
     for name, (model, row) in models.items():
         z = draw_z(model, images, labels)
-        for source in (z, torch.randn(z.shape)):
-            pictures.append(decode(model, source, labels).sigmoid())
+        for draws in (z, torch.randn(z.shape)):
+            pictures.append(decode(model, draws, labels).sigmoid())
         titles += [f"{name}, recon {row['recon']:.1f} nats", f"samples, FID {row['fid_prior']:.2f}"]
     data.image_grid(torch.stack(pictures), path,        # (R, 10, 1, 28, 28)
                     "Of each model: reconstructions, and samples from N(0, I)", titles, classes)
 
 
 def find_or_train(script, args, seed, dataset):
-    """The paths of a script's checkpoints. Those that are missing are made now."""
+    """{beta, or None: path} of a script's checkpoints. What is missing is made, as by a command."""
     words = ["--data", dataset.source, "--out", f"{args.out}", "--device", args.device]
     words += ["--seed", f"{seed}", *(["--epochs", f"{args.epochs}"] if args.epochs else [])]
     wanted = script.FLAGS.parse_args(words)             # from these follow the names of the files
     if script is not beta_vae:
         path = data.run_path(wanted, dataset.source)
-        return [path if path.exists() else script.main(words, dataset)]
+        return {None: path if path.exists() else script.main(words, dataset)}
     paths = {beta: data.run_path(wanted, dataset.source, f"-beta{beta}") for beta in wanted.betas}
     missing = [f"{beta}" for beta, path in paths.items() if not path.exists()]
     if missing:
         script.main([*words, "--betas", *missing], dataset)
-    return list(paths.values())
+    return paths
 
 
 FLAGS = data.flags(__file__, __doc__)
@@ -322,22 +321,23 @@ def main(argv=None):
     resnet, _ = classifier.load_pretrained(data.pick_device(args.device))
     real = Real(images, labels, resnet, *classifier.look(resnet, images))
     torch.manual_seed(0)
-    uniform, _ = classifier.look(resnet, torch.rand_like(images))
+    noise_features, _ = classifier.look(resnet, torch.rand_like(images))
     yardsticks = {                                      # what would be good, and what hopeless
         "entropy floor": data.pixel_entropy(images).mean().item(),
         "fid of halves of the images": frechet_distance(real.features[::2], real.features[1::2]),
-        "fid of uniform noise": frechet_distance(real.features, uniform),
+        "fid of uniform noise": frechet_distance(real.features, noise_features),
         "control of real images": controllability(real.recognised, labels)}
     rows, models, stale = {}, {}, []                    # rows: {model: [a row for each seed]}
     checksum, seeds = data.checksum(dataset), sorted(set(args.seeds))
     for script in NAMES:
         for seed in seeds:
-            for path in find_or_train(script, args, seed, dataset):
+            for beta, path in find_or_train(script, args, seed, dataset).items():
                 print(f"measuring {path}", flush=True)
                 model, meta = script.load_model(path)
-                now = {"code": script.FLAGS.get_default("code"), "training images": checksum}
+                now = {"code": script.FLAGS.get_default("code"), "training images": checksum,
+                       "seed": seed, "beta": beta}
                 for what in now:
-                    if meta[what] != now[what]:
+                    if meta.get(what) != now[what]:
                         stale.append(f"- {path} was made with other {what}: delete it, run again")
                         print(stale[-1])
                 row = measure(script, model, meta, dataset, real)

@@ -9,10 +9,8 @@ functions do, and say what is wrong. Tests of scripts that are not in the folder
 import argparse
 import ast
 import copy
-import functools
 import gzip
 import hashlib
-import http.server
 import importlib
 import inspect
 import io
@@ -25,7 +23,6 @@ import runpy
 import shutil
 import struct
 import sys
-import threading
 import types
 from pathlib import Path
 
@@ -55,9 +52,10 @@ data, vae, conv_vae, beta_vae, cvae, classifier, evaluate = map(section, SCRIPTS
 @pytest.fixture(autouse=True)
 def skip_without_its_scripts(request):
     """A test is skipped if a script that it names is not in this folder."""
-    missing = [name for name in SCRIPTS if globals()[name] is None]
-    if set(missing) & set(request.function.__code__.co_names):
-        pytest.skip(f"not in this folder: {missing}")
+    source = inspect.getsource(request.function)
+    for name in SCRIPTS:
+        if globals()[name] is None and re.search(rf"\b{name}\.", source):
+            pytest.skip(f"not in this folder: {name}.py")
 
 
 def each(*names):
@@ -77,8 +75,7 @@ def sample():
 
 @pytest.fixture(scope="session")
 def tiny(sample):
-    """300 / 100 / 300 real images of all classes."""
-    train, test = torch.arange(300) * 16, torch.arange(300) * 6
+    train, test = torch.arange(300) * 16, torch.arange(300) * 6         # images of all classes
     return sample._replace(
         train_images=sample.train_images[train], train_labels=sample.train_labels[train],
         val_images=sample.val_images[::10], val_labels=sample.val_labels[::10],
@@ -94,24 +91,25 @@ EXTRA = {"beta_vae": {"beta": 1}, "conv_vae": {"warmup": 0.2}, "cvae": {"warmup"
 
 
 def fit(module, model, dataset, *settings, **extra):
-    """module.train on a FashionMNIST, whichever arguments it takes."""
     return module.train(model, dataset.train_images, *given(module, dataset.train_labels),
                         dataset.val_images, *given(module, dataset.val_labels), *settings,
                         **(EXTRA.get(module.__name__, {}) | extra))
 
 
 def small(module, latent_dim=4):
-    """A model with few weights, which trains fast."""
     more = {"channels": 8} if module.__name__ in ("conv_vae", "cvae") else {}
     return getattr(module, CLASS_OF[module.__name__])(latent_dim, hidden=64, **more)
 
 
 def spy(model):
     """Lists that fill up: (training mode?, images, labels if any) of each call; each decoded z."""
-    calls, decoded = [], []
-    forward, decode = model.forward, model.decode
-    model.forward = lambda *x: calls.append((model.training, *x)) or forward(*x)
-    model.decode = lambda z, *y: decoded.append(z.detach()) or decode(z, *y)
+    calls, decoded, decode = [], [], model.decode
+
+    def noted_decode(z, *y):
+        decoded.append(z.detach())
+        return decode(z, *y)
+    model.decode = noted_decode
+    model.register_forward_pre_hook(lambda _, x: calls.append((model.training, *x)))
     return calls, decoded
 
 
@@ -149,12 +147,11 @@ def test_kl_of_latents_is_that_of_two_gaussians(module):
 def test_kl_is_summed_over_the_latents(module):
     torch.manual_seed(0)
     mu, logvar = torch.randn(7, 5), torch.randn(7, 5)
-    black = torch.zeros(7, 1, 28, 28)
-    _, kl = module.elbo_terms(black, black, mu, logvar)
+    _, kl = module.elbo_terms(torch.zeros(7, 1, 28, 28), torch.zeros(7, 1, 28, 28), mu, logvar)
     has_shape("kl", kl, (7,), "one number for each image: sum over the latents only")
     expected = kl_oracle(mu, logvar).sum(1)
     assert torch.allclose(kl, expected, rtol=1e-4), \
-        f"kl of the first image is {kl[0]:.3f}: should be {expected[0]:.3f}, the sum over its latents"
+        f"kl of the first image is {kl[0]:.3f}: should be {expected[0]:.3f}, summed over latents"
 
 
 @each_model
@@ -167,8 +164,6 @@ def test_recon_is_minus_log_bernoulli(module, sample):
     assert torch.allclose(recon, expected, rtol=1e-4), \
         (f"recon of the first image is {recon[0]:.3f}: should be {expected[0]:.3f}, which is"
          " -log p(x | z), summed over the 784 pixels; the decoder gives logits")
-    perfect = recon_oracle(x.clamp(1e-6, 1 - 1e-6).logit(), x)  # which has p = x
-    assert torch.allclose(perfect, data.pixel_entropy(x), atol=0.05)
 
 
 @each_model
@@ -189,6 +184,7 @@ def test_reparameterized_z(module):
         f"the mean of z is {mean.tolist()}: should be mu, [1.5, -2.0]"
     assert torch.allclose(std, torch.tensor([1.0, 0.5]), atol=0.02), \
         f"the std of z is {std.tolist()}: should be sigma, [1.0, 0.5]; logvar is log sigma^2"
+    assert abs(z.T.corrcoef()[0, 1]) < 0.02, "both latents have the same eps: draw one for each"
     assert torch.allclose(mu.grad.mean(0), torch.tensor([3.0, -4.0]), atol=0.03), \
         "the gradient with respect to mu is not that of z = mu + sigma * eps"
     assert torch.allclose(logvar.grad.mean(0), torch.tensor([1.0, 0.25]), atol=0.03), \
@@ -209,14 +205,14 @@ def test_training_step(module, tiny, monkeypatch):
     expected = copy.deepcopy(trained)
     calls, decoded = spy(trained)
     extra = {name: 4 if name == "beta" else 0.5 for name in EXTRA.get(module.__name__, {})}
-    history = fit(module, trained, tiny, 1, 50, 1e-3, **extra)
+    history = fit(module, trained, tiny, 1, 70, 1e-3, **extra)          # the last batch has only 20
     recons, kls = [], []
-    for step, ((_, x, *y), z) in enumerate(zip(calls[:6], decoded)):
+    for step, ((_, x, *y), z) in enumerate(zip(calls[:5], decoded)):
         mu, logvar = expected.encode(x, *y)
         eps = ((z - mu) / (logvar / 2).exp()).detach()
         recon = recon_oracle(expected.decode(mu + (logvar / 2).exp() * eps, *y), x)
         kl = kl_oracle(mu, logvar).sum(1)
-        weight = min(1, (step / 6) / 0.5) if "warmup" in extra else extra.get("beta", 1)
+        weight = min(1, (step / 5) / 0.5) if "warmup" in extra else extra.get("beta", 1)
         recons.append(recon.detach())
         kls.append(kl.detach())
         slopes = torch.autograd.grad((recon + weight * kl).mean(), list(expected.parameters()))
@@ -232,9 +228,8 @@ def test_training_step(module, tiny, monkeypatch):
 
 @each_model
 def test_an_epoch_is_every_training_image_once_then_the_validation_images(module, tiny):
-    """In a new order, with their own labels. The first pixel of each image tells its number."""
     images, model = tiny.train_images.clone(), small(module)
-    images[:, 0, 0, 0] = torch.arange(300) / 300
+    images[:, 0, 0, 0] = torch.arange(300) / 300        # the first pixel tells the number
     calls, _ = spy(model)
     fit(module, model, tiny._replace(train_images=images), 2, 70, 1e-3)
     assert [training for training, *_ in calls] == 2 * [True, True, True, True, True, False]
@@ -252,18 +247,18 @@ def test_an_epoch_is_every_training_image_once_then_the_validation_images(module
 
 @each_model
 def test_adam_and_its_learning_rate(module, tiny, monkeypatch):
-    rates, betas = [], set()
+    rates, settings = [], set()
 
     class Noted(torch.optim.Adam):
         def step(self, *args, **more):
             rates.append(self.param_groups[0]["lr"])
-            betas.add(self.param_groups[0]["betas"])
+            settings.add((*self.param_groups[0]["betas"], self.param_groups[0]["weight_decay"]))
             return super().step(*args, **more)
     monkeypatch.setattr(torch.optim, "Adam", Noted)
     fit(module, small(module), tiny, 10, 30, 1e-3)
-    assert betas == {(0.9, 0.99)} and len(rates) == 100
-    assert rates[0] == pytest.approx(1e-3 / 25) and rates[-1] < 1e-6
-    assert max(rates) == pytest.approx(1e-3, rel=1e-3) and rates.index(max(rates)) in (29, 30)
+    assert settings == {(0.9, 0.99, 0)} and len(rates) == 100
+    assert (rates[0], rates[-1]) == pytest.approx((1e-3 / 25, 1e-3 / 25e4), rel=1e-6)
+    assert [max(rates), rates[29], rates[64]] == pytest.approx([1e-3, 1e-3, 5e-4], rel=0.02)
 
 
 @each_model
@@ -288,12 +283,11 @@ def test_test_loop(module, sample):
 
 @each_model
 def test_active_is_a_mean_kl_above_a_tenth_of_a_nat(module, tiny, monkeypatch):
-    """KL = mu^2 / 2 if sigma is 1. Half of the images have twice the mean KL, half have none."""
     model = small(module)
-    kl = torch.tensor([2.0, 0.19, 0.21, 0.0])
+    kl = torch.tensor([2.0, 0.19, 0.21, 0.0])           # of half of the images; it is mu^2 / 2
     mu = torch.stack([kl.mul(2).sqrt(), torch.zeros(4)]).repeat(150, 1)
     monkeypatch.setattr(model, "encode", lambda x, *y: (mu[:len(x)], torch.zeros(len(x), 4)))
-    found = module.test(model, tiny.test_images, *given(module, tiny.test_labels))
+    found = module.test(model, tiny.test_images, *given(module, tiny.test_labels), batch_size=100)
     assert found["active"] == 2 and found["kl"] == pytest.approx(1.2)
 
 
@@ -321,7 +315,7 @@ def test_the_lesson_pastes_and_trains_on_any_tensor(module, capsys):
 @each_model
 @pytest.mark.parametrize("change, found", [
     (lambda x: x * 255, "from 0 to 255"), (lambda x: (x - 0.286) / 0.353, "from -0.8"),
-    (lambda x: x * math.nan, "from nan"), (lambda x: x / 255, "to 0.003922, .*scaled twice")],
+    (lambda x: x * math.nan, "from nan"), (lambda x: x / 255, "to 0.003922: .*once")],
     ids=("255", "standardised", "nan", "scaled twice"))
 def test_images_that_the_loss_cannot_take_are_refused(module, change, found, tiny):
     """All of these would run, and their numbers would be wrong."""
@@ -337,20 +331,20 @@ def test_images_that_the_loss_cannot_take_are_refused(module, change, found, tin
 @each("cvae", "classifier")
 @pytest.mark.parametrize("change", (lambda y: y[:50], lambda y: torch.cat([y, y])))
 def test_there_is_one_label_for_each_image(module, change, tiny):
-    """zip() would cut them without a word. All else is said by torch."""
-    model = small(cvae) if module.__name__ == "cvae" else classifier.FashionResNet18()
-    last = 0.2 if module.__name__ == "cvae" else torch.Generator()
-    y, y_val = tiny.train_labels, tiny.val_labels
-    for labels, val_labels in ((change(y), y_val), (y, change(y_val))):
+    model = classifier.FashionResNet18() if module.__name__ == "classifier" else small(module)
+    for split in ("train", "val"):
+        labels = {"train": tiny.train_labels, "val": tiny.val_labels}
+        labels[split] = change(labels[split])
         with pytest.raises(ValueError, match="give one"):
-            module.train(model, tiny.train_images, labels, tiny.val_images, val_labels, 1, 100,
-                         0.1, last)
+            module.train(model, tiny.train_images, labels["train"], tiny.val_images, labels["val"],
+                         1, 100, 0.1, 0.2)
 
 
 @each_model
 def test_an_exploding_learning_rate_stops_and_tells_what_helps(module, tiny):
-    with pytest.raises(FloatingPointError, match="in epoch 1: choose a lower lr"):
+    with pytest.raises((FloatingPointError, ValueError, RuntimeError)) as error:
         fit(module, small(module), tiny, 2, 10, 1e9)
+    assert "lower lr" in str(error.value) or error.type is not FloatingPointError
 
 
 # ================================================================ 3. one claim a section
@@ -359,12 +353,10 @@ def test_an_exploding_learning_rate_stops_and_tells_what_helps(module, tiny):
 def test_warmup_goes_from_0_to_1_over_the_stated_share_of_all_steps(module, tiny, monkeypatch):
     """With a recon of 0 and a KL of 1, the loss is the weight of the KL itself."""
     losses = []
-
-    def constant_terms(logits, x, mu, logvar):
-        zero = 0 * (logits.sum() + mu.sum() + logvar.sum())     # backward() can go through it
-        return zero.expand(len(x)), (zero + 1).expand(len(x))
-    monkeypatch.setattr(module, "elbo_terms", constant_terms)
-    monkeypatch.setattr(torch, "isfinite", lambda loss: losses.append(loss.item()) or True)
+    monkeypatch.setattr(module, "elbo_terms", lambda logits, x, mu, logvar: (
+        0 * logits.sum((1, 2, 3)), 0 * mu.sum(1) + 1))
+    monkeypatch.setattr(torch, "isfinite",              # train() asks this of each loss
+                        lambda loss: losses.append(loss.item()) or True)
     for warmup, weights in ((0.5, [0, 1 / 3, 2 / 3, 1, 1, 1]), (0, 6 * [1])):
         losses.clear()
         fit(module, small(module), tiny, 2, 100, 1e-3, warmup=warmup)       # 2 x 3 steps
@@ -373,12 +365,12 @@ def test_warmup_goes_from_0_to_1_over_the_stated_share_of_all_steps(module, tiny
 
 
 def test_what_is_my_beta():
-    """Losses as somebody wrote them, and the c and beta with which they are c (recon + beta KL)."""
     torch.manual_seed(0)
-    # recon of each pixel and KL of each latent of 16 images with 10 latents
-    r, k = torch.rand(16, 1, 28, 28), torch.rand(16, 10)
-    recon, kl = r.sum((1, 2, 3)), k.sum(1)              # (16,) each, as elbo_terms gives them
-    for loss, c, beta in (
+    x, logits, mu, logvar = *torch.rand(2, 16, 1, 28, 28), *torch.randn(2, 16, 10)
+    recon, kl = vae.elbo_terms(logits, x, mu, logvar)
+    r = -(x * logits.sigmoid().log() + (1 - x) * (-logits).sigmoid().log())     # of each pixel
+    k = kl_oracle(mu, logvar)                           # of each latent
+    for loss, c, beta in (                              # loss = c (recon + beta KL)
             (recon.mean() + kl.mean(), 1, 1),
             (r.mean() + kl.mean(), 1 / 784, 784),
             (r.mean() + k.mean(), 1 / 784, 784 / 10),
@@ -386,11 +378,10 @@ def test_what_is_my_beta():
             (recon.mean() + k.mean(), 1, 1 / 10),
             (r.mean() + 0.00025 * kl.mean(), 1 / 784, 0.196),
             (r.sum() + k.sum(), 16, 1)):
-        assert loss.item() == pytest.approx(c * (recon + beta * kl).mean().item())
+        assert loss.item() == pytest.approx(c * (recon + beta * kl).mean().item(), rel=1e-4)
 
 
 def tells_only(c, found, method):
-    """Of found (10, ...), from labels 0 to 9, c is another than the rest, which are all equal."""
     others = found.flatten(1)[torch.arange(10) != c]
     assert torch.allclose(others, others[:1], atol=1e-5) \
         and not torch.allclose(found.flatten(1)[c], others[0], atol=1e-5), \
@@ -449,7 +440,6 @@ def test_attributes_of_a_drawn_rectangle():
 
 @pytest.fixture
 def figures(monkeypatch):
-    """A list of all figures that would be saved."""
     saved = []
     monkeypatch.setattr(data.Figure, "savefig", lambda figure, path, **_: saved.append(figure))
     return saved
@@ -481,7 +471,7 @@ def plain_decoder(z, *y):
 
 @each("vae", "conv_vae", "cvae")
 def test_pictures_of_a_model(module, tiny, grids):
-    """In the samples of a CVAE, a row is one z, a column one class; in others, each is another z."""
+    """In the samples of a CVAE, a row is one z, a column one class; elsewhere all z are others."""
     torch.manual_seed(0)
     model = small(module)
     mu = torch.arange(10.0)[:, None].expand(10, 4) / 5
@@ -490,12 +480,13 @@ def test_pictures_of_a_model(module, tiny, grids):
     module.draw_pictures(model, tiny, [], "folder/stem")
     indices, names = data.one_of_each_class(tiny.test_labels)
     pictures, rows, columns = grids["reconstructions.png"]
+    assert rows == ("original", "decoded z")
     assert torch.allclose(pictures[0].sigmoid(), tiny.test_images[indices], atol=1e-5)
     assert torch.allclose(pictures[1, :, 0, 0, :4], mu, atol=1e-3) and columns == tuple(names)
     pictures, rows, columns = grids["samples.png"]
     pictures = pictures.view(8, 10, 28, 28)
     z = pictures[:, :, 0, :4]                           # (8, 10, 4)
-    assert (z.mean().item(), z.std().item()) == pytest.approx((0, 1), abs=0.35)
+    assert (z.mean().item(), z.std().item()) == pytest.approx((0, 1), abs=0.2)
     if module.__name__ != "cvae":
         assert len(z.view(80, 4).unique(dim=0)) == 80
         return
@@ -528,11 +519,11 @@ def test_the_map_shows_each_place_where_it_is(tiny, figures):
     assert (np.diff(canvas[14, 7::28]) > 0).all()           # z0 rises to the right ...
     assert (np.diff(canvas[14::28, 21]) < 0).all()          # ... and z1 upwards
     assert canvas[14, 7] == pytest.approx(1 / (1 + math.exp(3.75)), abs=1e-3)   # the first place
-    assert right.images[0].get_extent() == [-4, 4, -4, 4] and right.images[0].origin == "upper"
+    shown = right.images[0]
+    assert (shown.get_extent(), shown.origin, shown.get_clim()) == ([-4, 4, -4, 4], "upper", (0, 1))
 
 
 def test_pictures_of_the_sweep(grids, figures):
-    """Two models of four latents; the second one has no active latent."""
     sweep = {}
     for beta, latents in ((0.5, [2, 0]), (4.0, [])):
         model = small(beta_vae)
@@ -541,9 +532,7 @@ def test_pictures_of_the_sweep(grids, figures):
         sweep[beta] = {"model": model, "kl": 9 - beta, "recon": 200 + beta, "latents": latents,
                        "kl_of_latents": torch.tensor([0.5, 0.0, 3.0, 0.0]),
                        "correlations": torch.rand(len(latents), 5)}
-    state = torch.get_rng_state()
     beta_vae.draw_tradeoff(sweep, "tradeoff.png")
-    assert torch.equal(state, torch.get_rng_state()), "the caller's random numbers are others now"
     axes = figures[0].axes[0]
     assert axes.lines[0].get_xydata().tolist() == [[8.5, 200.5], [5, 204]]
     assert [(*text.get_position(), text.get_text().strip()) for text in axes.texts] == [
@@ -563,7 +552,6 @@ def test_pictures_of_the_sweep(grids, figures):
     beta_vae.draw_attributes({0.5: sweep[0.5]}, "attributes.png")
     axes = figures[2].axes[0]
     assert [tick.get_text() for tick in axes.get_yticklabels()] == ["z2", "z0"]
-    assert [tick.get_text() for tick in axes.get_xticklabels()] == beta_vae.ATTRIBUTES
     for text, strength in zip(axes.texts, sweep[0.5]["correlations"].flatten(), strict=True):
         assert text.get_text() == f"{strength:.2f}"
     assert [text.get_position() for text in axes.texts[4:6]] == [(4, 0), (0, 1)]
@@ -571,32 +559,44 @@ def test_pictures_of_the_sweep(grids, figures):
 
 def test_image_grid_puts_every_image_in_its_cell(figures):
     images = torch.rand(2, 3, 1, 28, 28)
-    data.image_grid(images, "grid.png", rows=("a", "b"))
-    drawn = figures[0].axes[0].images[0]
-    canvas = np.asarray(drawn.get_array())
-    assert canvas.shape == (60, 90) and np.array_equal(canvas[31:59, 61:89], images[1, 2, 0])
-    assert drawn.origin == "upper"
+    data.image_grid(images, "grid.png", rows=("a", "b"), columns=("c", "d", "e"))
+    axes = figures[0].axes[0]
+    shown = axes.images[0]
+    assert (shown.origin, shown.get_clim(), shown.cmap.name) == ("upper", (0, 1), "gray")
+    assert np.array_equal(shown.get_array()[31:59, 61:89], images[1, 2, 0])
+    names = [tick.get_text() for tick in axes.get_yticklabels() + axes.get_xticklabels()]
+    assert names == ["a", "b", "c", "d", "e"] and shown.get_array().shape == (60, 90)
     with pytest.raises(ValueError, match="sigmoid of logits"):
         data.image_grid(images * 9 - 4, "grid.png")
 
 
-def test_the_exploration_of_the_data(tmp_path, sample, grids, figures, monkeypatch):
-    monkeypatch.setattr(data, "load", lambda source: sample)
-    data.main(["--out", str(tmp_path)])
-    pictures, rows, _ = grids["samples.png"]
-    for c in range(10):
-        ten = sample.train_images[sample.train_labels == c][:10, 0]
-        assert torch.allclose(pictures[c].sigmoid(), ten, atol=1e-5)
-    left, right = figures[0].axes
-    assert [bar.get_height() for bar in left.patches] == 10 * [500] and rows == data.CLASSES
-    assert right.patches[0].get_height() == (sample.train_images < 1 / 64).sum()
+def test_curves_of_training_and_validation(figures):
+    history = [{"recon": 9, "kl": 1, "val_recon": 8, "val_kl": 2},
+               {"recon": 7, "kl": 3, "val_recon": 6, "val_kl": 4}]
+    data.plot_curves(history, "curves.png")
+    drawn = [(axes.get_title(), line.get_label(), line.get_xydata().tolist())
+             for axes in figures[0].axes for line in axes.lines]
+    assert drawn == [("recon", "training", [[1, 9], [2, 7]]),
+                     ("recon", "validation", [[1, 8], [2, 6]]),
+                     ("kl", "training", [[1, 1], [2, 3]]), ("kl", "validation", [[1, 2], [2, 4]])]
+
+
+def test_models_side_by_side(crude, grids):
+    model = small(vae, 4)
+    mu = torch.arange(10.0)[:, None].expand(10, 4) / 5
+    model.encode, model.decode = lambda x: (mu, torch.full((10, 4), -20.0)), plain_decoder
+    evaluate.draw_models({"A": (model, {"recon": 200, "fid_prior": 1})}, crude, "out/of-models.png")
+    pictures, rows, columns = grids["models.png"]
+    assert torch.allclose(pictures[1, :, 0, 0, :4], mu, atol=1e-3)
+    assert len(pictures[2, :, 0, 0, 0].unique()) == 10 and columns == data.CLASSES
+    assert rows == ("test images", "A, recon 200.0 nats", "samples, FID 1.00")
 
 
 # ================================================================ 4. the metrics
 
 def test_fid_of_equal_sets_is_0_and_of_a_shift_its_square():
     a = torch.randn(500, 6, generator=torch.Generator().manual_seed(0))
-    assert evaluate.frechet_distance(a, a) == pytest.approx(0, abs=1e-6), "not 0 for equal sets"
+    assert evaluate.frechet_distance(a, a) == pytest.approx(0, abs=1e-4), "not 0 for equal sets"
     shift = torch.tensor([3.0, 0, 0, 4.0, 0, 0])
     assert evaluate.frechet_distance(a, a + shift) == pytest.approx(25, rel=1e-4), \
         "a shift of all features by (3, 4) should cost 3^2 + 4^2"
@@ -658,7 +658,6 @@ def test_importance_weighted_bounds_close_in_on_the_likelihood(sample):
 
 
 def test_em_raises_the_likelihood_and_finds_a_planted_mixture():
-    """Three clusters. One start may end in a local optimum; the best of four finds the truth."""
     torch.manual_seed(0)
     means = torch.tensor([[0.0, 0.0], [6.0, 0.0], [0.0, 6.0]])
     spread = torch.tensor([[1.0, 0.5], [0.0, 0.8]])
@@ -671,27 +670,28 @@ def test_em_raises_the_likelihood_and_finds_a_planted_mixture():
         torch.manual_seed(0)                             # the same start every time
         found.append(log_likelihood(evaluate.fit_gmm(z, 3, iterations, ridge=0)))
     assert found == sorted(found) and found[-1] > found[0] + 0.1
+    # one start may end in a local optimum
     mixture = max((evaluate.fit_gmm(z, 3, 50, ridge=1e-6) for _ in range(4)), key=log_likelihood)
     order = mixture[0].argsort()
     assert torch.allclose(mixture[0][order], torch.tensor([1, 2, 3]).double() / 6, atol=0.02)
     assert torch.allclose(mixture[1][order].float(), means, atol=0.15)
-    drawn = evaluate.sample_gmm(mixture, 50_000)
-    assert torch.allclose(drawn.T.cov(), z.T.cov(), atol=0.25)
+    assert torch.allclose(evaluate.sample_gmm(mixture, 50_000).T.cov(), z.T.cov(), atol=0.25)
 
 
 def test_draws_of_z_and_the_ex_post_prior(sample, monkeypatch):
     monkeypatch.setattr(evaluate, "encode", lambda model, images, labels: (
         labels[:, None].expand(-1, 2).float(), torch.full((len(labels), 2), -2.0)))
-    fit_gmm, asked = evaluate.fit_gmm, torch.arange(2000) % 10
-    monkeypatch.setattr(evaluate, "fit_gmm", lambda z, K, iterations=3: fit_gmm(z, K, iterations))
+    fit_gmm, asked, components = evaluate.fit_gmm, torch.arange(2000) % 10, []
+    monkeypatch.setattr(evaluate, "fit_gmm", lambda z, K, iterations=3: (
+        components.append((K, len(z))) or fit_gmm(z, K, iterations)))
     drawn = evaluate.draw_z(small(vae, 2), sample.train_images, sample.train_labels)
     ex_post = evaluate.sample_ex_post_prior(small(cvae, 2), asked, sample)
     for z, labels in ((drawn, sample.train_labels), (ex_post, asked)):
         noise = z - labels[:, None]
         assert abs(noise.mean()) < 0.03 and noise.std().item() == pytest.approx(0.368, abs=0.02)
     z = evaluate.sample_ex_post_prior(small(vae, 2), asked, sample)
-    assert z.mean().item() == pytest.approx(4.5, abs=0.5)       # of all classes ...
-    assert (z[:, 0] - asked).abs().mean() > 1                   # ... in no order
+    assert components == 10 * [(1, 500)] + [(50, 5000)]         # fitted to the training images
+    assert abs(z.mean() - 4.5) < 0.5 and (z[:, 0] - asked).abs().mean() > 1     # in no order
 
 
 def crude_look(resnet, images):
@@ -702,52 +702,43 @@ def crude_look(resnet, images):
 
 @pytest.fixture
 def crude(monkeypatch, tiny):
-    """The Real images of tiny, of which every tenth was not recognised."""
     monkeypatch.setattr(classifier, "look", crude_look)
-    labels = tiny.test_labels
-    recognised = torch.where(torch.arange(len(labels)) % 10 == 0, (labels + 1) % 10, labels)
+    recognised = torch.where(torch.arange(300) % 10 == 0, 0, tiny.test_labels)
     features, _ = crude_look(None, tiny.test_images)
-    return evaluate.Real(tiny.test_images, labels, None, features, recognised)
+    return evaluate.Real(tiny.test_images, tiny.test_labels, None, features, recognised)
 
 
 def test_measure_of_a_decoder_that_draws_the_class_asked_for(crude, tiny, monkeypatch):
     """As a white row, which crude_look takes for it. Another one draws real images if z is 9."""
-    model, meta = small(cvae, 2).eval(), {"seed": 0, "metrics": {"seconds": 1.5}}
+    model, meta = small(cvae, 2), {"seed": 0, "metrics": {"seconds": 1.5}}
+    compared, seeds = [], []
     model.decode = lambda z, y: 18 * torch.nn.functional.one_hot(
         y, 28)[:, None, :, None].expand(-1, 1, -1, 28) - 9.0
+    _, decoded = spy(model)
+    monkeypatch.setattr(evaluate, "diversity", lambda *args: compared.extend(args) or 0.0)
+    monkeypatch.setattr(torch, "manual_seed", seeds.append)
     row = evaluate.measure(cvae, model, meta, tiny, crude)
+    assert seeds == [0, 1, 2, 3, 4]                     # so that no measurement changes another
     assert row["control_prior"] == row["control_decoded"] == 1
-    assert row["diversity_prior"] == 0                  # one image a class
+    assert torch.equal(compared[1], crude.labels)       # all drawn images were recognised, and of
+    assert torch.equal(compared[3], crude.labels[crude.recognised == crude.labels])     # real ones
+    assert (decoded[1].mean().item(), decoded[1].std().item()) == pytest.approx((0, 1), abs=0.1)
+    assert len(decoded) == 1 + 3 + 10                   # test, three sources of z, iw_10
     for name in ("sample_ex_post_prior", "draw_z"):
-        monkeypatch.setattr(evaluate, name, lambda *_: torch.full((len(tiny.test_labels), 2), 9.0))
+        monkeypatch.setattr(evaluate, name, lambda *_: torch.full((len(crude.labels), 2), 9.0))
     monkeypatch.setattr(evaluate, "decode", lambda model, z, labels: (
-        tiny.test_images.clamp(1e-6, 1 - 1e-6).logit() if (z == 9).all()
+        crude.images.clamp(1e-6, 1 - 1e-6).logit() if (z == 9).all()
         else torch.zeros(len(z), 1, 28, 28)))
     row = evaluate.measure(vae, small(vae, 2), meta, tiny, crude)
     assert row["fid_decoded"] == row["fid_ex_post"] == pytest.approx(0, abs=1e-4)
     assert row["fid_prior"] > 1 and 0 < row["control_decoded"] < 1
 
 
-def test_no_measurement_changes_another(crude, tiny, monkeypatch):
-    """A step that uses up more random numbers than usual leaves all other numbers as they are."""
-    model, meta = small(cvae, 2).eval(), {"seed": 0, "metrics": {"seconds": 1.0}}
-    first = evaluate.measure(cvae, model, meta, tiny, crude)
-    for module, name in ((classifier, "look"), (evaluate, "sample_ex_post_prior"), (cvae, "test")):
-        monkeypatch.setattr(module, name, lambda *args, usual=getattr(module, name): (
-            usual(*args), torch.rand(7))[0])
-    assert evaluate.measure(cvae, model, meta, tiny, crude) == first
-    torch.manual_seed(0)                                 # and the total is that of the script
-    assert first["total"] == cvae.test(model, tiny.test_images, tiny.test_labels)["total"]
-    floor = data.pixel_entropy(tiny.test_images).mean().item()
-    assert first["excess"] == pytest.approx(first["recon"] - floor)
-
-
 def test_tables_of_means_spreads_and_noise():
-    rows = [{"model": "m", "beta": None, "latent_dim": 2, "params": 5, "kl": k, "control_x": 0.5}
-            for k in (1, 2, 6)]
+    rows = [{"model": "m", "beta": None, "kl": k, "control_x": 0.5} for k in (1, 2, 6)]
     row = evaluate.average(rows)
     std = np.std([1, 2, 6], ddof=1)
-    assert row["kl"] == {"mean": 3.0, "std": pytest.approx(std), "n": 3} and row["params"] == 5
+    assert row["kl"] == {"mean": 3.0, "std": pytest.approx(std), "n": 3}
     other = row | {"model": "other", "kl": {"mean": 9.0, "std": 3.0, "n": 3}}
     lines = [re.split(r" *\| *", line)[1:-1]
              for line in evaluate.table([row, other], ["kl", "fid", "control_x"])]
@@ -761,8 +752,7 @@ def test_tables_of_means_spreads_and_noise():
 # ================================================================ 5. the classifier
 
 def test_the_pretrained_classifier_normalises_once(sample):
-    model, meta = classifier.load_pretrained()
-    assert (meta["source"], meta["seed"]) == ("full", 0)
+    model, _ = classifier.load_pretrained()
     assert (model.mean.item(), model.std.item()) == pytest.approx((0.2860, 0.3530), abs=1e-3)
     images, labels = sample.test_images[::4], sample.test_labels[::4]
     found, recognised = classifier.look(model.train(), images)      # which puts it into eval mode
@@ -774,6 +764,17 @@ def test_the_pretrained_classifier_normalises_once(sample):
     for wrong in (images * math.nan, images - 0.4, 2 * images, images / 255):
         with pytest.raises(ValueError, match="raw images"):
             classifier.look(model, wrong)
+
+
+def test_augmentation_shifts_and_mirrors_from_left_to_right():
+    """Where the one white pixel of an image, in row 10 and column 8, lies in 300 copies of it."""
+    x = torch.zeros(300, 1, 28, 28)
+    x[:, 0, 10, 8] = 1.0
+    x = classifier.augment(x, torch.Generator().manual_seed(0))
+    assert x.shape == (300, 1, 28, 28) and 0 <= x.min() and x.max() <= 1
+    _, _, rows, columns = (x[(x == 1).sum((1, 2, 3)) == 1] == 1).nonzero().T    # no white box
+    assert set(rows.tolist()) == set(range(8, 13))
+    assert set(columns.tolist()) == {6, 7, 8, 9, 10, 17, 18, 19, 20, 21}
 
 
 def test_training_the_classifier_keeps_its_best_epoch(tiny, monkeypatch):
@@ -795,6 +796,7 @@ def test_training_the_classifier_keeps_its_best_epoch(tiny, monkeypatch):
     best = classifier.train(model, tiny.train_images[:48], tiny.train_labels[:48], tiny.val_images,
                             tiny.val_labels, 3, 16, 0.01, torch.Generator())
     assert best == 1 and not torch.equal(states[0]["head.weight"], states[2]["head.weight"])
+    assert not torch.equal(states[0]["stem.1.running_mean"], states[1]["stem.1.running_mean"])
     assert all(torch.equal(p, states[0][name]) for name, p in model.state_dict().items())
     rates = [group["lr"] for group in groups]
     assert rates[0] == pytest.approx(0.01 / 25) and max(rates) > 0.009 and rates[-1] < 1e-6
@@ -804,19 +806,15 @@ def test_training_the_classifier_keeps_its_best_epoch(tiny, monkeypatch):
 
 # ================================================================ 6. the data
 
-def test_split_is_stratified_disjoint_and_stable():
+def test_the_split_is_stable_and_the_sample_balanced_and_raw(sample):
     labels = np.tile(np.arange(10), 6000)
     train, val = data.split_indices(labels)
     assert len(train) == 55_000 and not set(train) & set(val)
-    assert (np.bincount(labels[val]) == 500).all()
     # the indices themselves, as first published: whoever changes them changes every number
     assert hashlib.sha256(val.astype("<i8").tobytes()).hexdigest()[:16] == "3530c710df4783a7"
-
-
-def test_sample_is_balanced_and_raw(sample):
-    assert [len(images) for images in sample[:6:2]] == [5000, 1000, 2000]
     assert data.pixel_entropy(sample.test_images).mean().item() == pytest.approx(189.55, abs=0.01)
-    assert all((labels.bincount() == len(labels) // 10).all() for labels in sample[1:6:2])
+    for split, size in ((sample[:2], 5000), (sample[2:4], 1000), (sample[4:6], 2000)):
+        assert len(split[0]) == size and (split[1].bincount() == size // 10).all()
 
 
 def test_the_full_set_has_the_known_floor_and_the_sample_is_its_first_images(sample, monkeypatch):
@@ -832,27 +830,20 @@ def test_the_full_set_has_the_known_floor_and_the_sample_is_its_first_images(sam
         assert torch.equal(first, sample.test_images[sample.test_labels == c])
 
 
-@pytest.fixture
-def files(monkeypatch, tmp_path):
-    """The four files in miniature, with their own checksums: {name: bytes}. They are not there."""
+def test_what_is_missing_is_downloaded_verified_and_kept(tmp_path, monkeypatch, capsys):
+    """The four files in miniature; the test images lie on the second of two mirrors."""
     labels = np.repeat(np.arange(10), 510).astype(np.uint8)
     images = np.random.RandomState(0).randint(0, 256, (5100, 28, 28)).astype(np.uint8)
-    arrays = [images, labels, images[:20], labels[:20]]
     # the IDX format: two zeros, 8 for uint8, the number of dimensions, the dimensions, the bytes
-    raw = [struct.pack(f">BBBB{a.ndim}I", 0, 0, 8, a.ndim, *a.shape) + a.tobytes() for a in arrays]
+    raw = [struct.pack(f">BBBB{a.ndim}I", 0, 0, 8, a.ndim, *a.shape) + a.tobytes()
+           for a in (images, labels, images[:20], labels[:20])]
     sums = {name: hashlib.sha256(content).hexdigest() for name, content in zip(data.FILES, raw)}
+    monkeypatch.setenv("FASHION_MNIST_DIR", str(tmp_path / "mine"))
     for name, value in {"FILES": sums, "DEBIAN": Path("nowhere"), "MIRRORS": ()}.items():
         monkeypatch.setattr(data, name, value)
-    monkeypatch.setenv("FASHION_MNIST_DIR", str(tmp_path / "mine"))
-    monkeypatch.setenv("no_proxy", "*")
-    return dict(zip(sums, raw))
-
-
-def test_what_is_missing_is_downloaded_verified_and_kept(files, tmp_path, monkeypatch, capsys):
-    """Here, these are the test images, which lie on the second of two mirrors."""
     for folder in ("mine", "bad", "good"):
         (tmp_path / folder).mkdir()
-    *_, missing, _ = files
+    *_, missing, _ = files = dict(zip(sums, raw))
     for name in files.keys() - {missing}:
         (tmp_path / "mine" / name).write_bytes(files[name])
     assert data.load("auto").source == "sample" and "SAMPLE" in capsys.readouterr().out
@@ -860,15 +851,12 @@ def test_what_is_missing_is_downloaded_verified_and_kept(files, tmp_path, monkey
         data.load("full")
     (tmp_path / "bad" / f"{missing}.gz").write_bytes(gzip.compress(b"other bytes"))
     (tmp_path / "good" / f"{missing}.gz").write_bytes(gzip.compress(files[missing]))
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{server.server_port}"
-        monkeypatch.setattr(data, "MIRRORS", (f"{address}/bad/", f"{address}/good/"))
-        loaded = data.load("auto")
-        server.shutdown()
+    address = tmp_path.as_uri()
+    monkeypatch.setattr(data, "MIRRORS", (f"{address}/bad/", f"{address}/good/"))
+    loaded = data.load("auto")
     assert [len(tensor) for tensor in loaded[:6]] == [100] * 2 + [5000] * 2 + [20] * 2
-    assert torch.equal(data.load("full").test_images, loaded.test_images)   # without the server
+    shutil.rmtree(tmp_path / "good")
+    assert torch.equal(data.load("full").test_images, loaded.test_images)   # from the copy
     (tmp_path / "mine" / f"{missing}.gz").write_bytes(gzip.compress(files[missing])[:-20])
     with pytest.raises(ValueError, match=f"{missing}.*get it anew"):        # and never the sample
         data.load("auto")
@@ -876,14 +864,19 @@ def test_what_is_missing_is_downloaded_verified_and_kept(files, tmp_path, monkey
 
 # ================================================================ 7. the scripts
 
-# how many each script draws; that of vae.py is one more with two latents, the map
+@each("vae", "conv_vae", "beta_vae", "cvae", "classifier")
+def test_the_settings_are_those_of_the_record(module):
+    recorded = {"vae": [24, 256, 2.5e-3, 20], "beta_vae": [8, 256, 2.5e-3, 10],
+                "classifier": [18, 128, 0.1]}.get(module.__name__, [36, 256, 2e-3, 32, 0.2])
+    assert list(module.FLAGS.get_default("defaults").values()) == recorded
+
+
 PICTURES = {"data": 2, "vae": 3, "conv_vae": 3, "beta_vae": 3, "cvae": 4, "classifier": 0}
 
 
 @each(*PICTURES)
 def test_each_script_runs_alone_with_data_py_and_the_sample(module, tmp_path, tiny, monkeypatch,
                                                             capsys):
-    """In a folder with nothing but itself, data.py and 150 images."""
     (tmp_path / "assets").mkdir()
     np.savez(tmp_path / "assets" / "fashion-mnist-sample.npz", **{
         name: (values[::2, 0] * 255).round().byte() if "images" in name else values[::2].byte()
@@ -900,15 +893,14 @@ def test_each_script_runs_alone_with_data_py_and_the_sample(module, tmp_path, ti
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *flags])
     runpy.run_path(f"{name}.py", run_name="__main__")
     assert "data sample train: 150 images, entropy floor" in capsys.readouterr().out
-    made = os.listdir("runs")
-    assert sum(file.endswith(".png") for file in made) == PICTURES[name] + (name == "vae")
-    assert all(re.fullmatch(f"{name}-(.*sample-seed0-epochs1|[ds]).*(png|pt)", file) for file in made)
+    pictures = list(Path("runs").glob(f"{name}-*.png"))
+    assert len(pictures) == PICTURES[name] + (name == "vae")    # with two latents, also the map
 
 
 @each_model
 @pytest.mark.parametrize("kept", [[1, 8], [6]], ids=len)
-def test_main_tests_saves_and_then_draws(module, kept, tiny, tmp_path, capsys, monkeypatch):
-    """Of two classes only, or of a single one."""
+def test_main_trains_as_it_was_told_tests_saves_and_then_draws(module, kept, tiny, tmp_path, capsys,
+                                                               monkeypatch):
     saved, name = [], module.__name__
     monkeypatch.setattr(data.Figure, "savefig",
                         lambda *_, **__: saved.append(len(list(tmp_path.glob("*.pt")))))
@@ -919,32 +911,37 @@ def test_main_tests_saves_and_then_draws(module, kept, tiny, tmp_path, capsys, m
         parts[f"{split}_labels"] = labels[keep]
         parts[f"{split}_images"] = getattr(tiny, f"{split}_images")[keep]
     dataset = data.FashionMNIST(**parts)
-    flags = ["--epochs", "1", "--out", str(tmp_path), "--seed", "3"]
-    path = module.main(flags + ["--betas", "1", "1"] * (name == "beta_vae"), dataset=dataset)
-    path = path[0] if name == "beta_vae" else path
-    model, meta = module.load_model(path)
-    torch.manual_seed(3)                                # of all random numbers
-    retrained = type(model)(meta["config"]["latent_dim"])
-    fit(module, retrained, dataset, 1, 256, meta["config"]["lr"])
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), retrained.parameters()))
-    torch.manual_seed(3)
-    expected = module.test(model, dataset.test_images, *given(module, dataset.test_labels))
-    assert meta["metrics"] == pytest.approx(expected | {"seconds": meta["metrics"]["seconds"]})
+    extra = {key: 4.0 if key == "beta" else 0.5 for key in EXTRA.get(name, {})}
+    flags = "--seed 3 --epochs 2 --batch-size 20 --lr 0.001 --latent-dim 3".split()
+    flags += {"vae": [], "beta_vae": ["--betas", "1", "4", "1"]}.get(name, ["--warmup", "0.5"])
+    path = module.main([*flags, "--out", str(tmp_path)], dataset=dataset)
+    model, meta = module.load_model(path[1] if name == "beta_vae" else path)
     printed = capsys.readouterr().out
-    excess = expected["recon"] - data.pixel_entropy(dataset.test_images).mean().item()
-    assert f"test (own): recon {expected['recon']:.2f} (excess {excess:.2f})" in printed
-    assert f"total {expected['total']:.2f} nats per image, {expected['active']} latents" in printed
+    torch.manual_seed(3)                                # of all random numbers
+    retrained = type(model)(latent_dim=3)
+    fit(module, retrained, dataset, 2, 20, 0.001, **extra)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), retrained.parameters()))
+    assert re.findall("validation.*active", capsys.readouterr().out)[-1] in printed
+    torch.manual_seed(3)
+    found = module.test(model, dataset.test_images, *given(module, dataset.test_labels))
+    assert meta["metrics"] == pytest.approx(found | {"seconds": meta["metrics"]["seconds"]})
+    excess = found["recon"] - data.pixel_entropy(dataset.test_images).mean().item()
+    assert (f"test (own): recon {found['recon']:.2f} (excess {excess:.2f}), KL {found['kl']:.2f},"
+            f" total {found['total']:.2f} nats per image, {found['active']} latents") in printed
     if name == "cvae":
         shares = np.bincount(dataset.test_labels) / len(dataset.test_labels)
         label = sum(-p * math.log(p) if p < 1 else 0.0 for p in shares if p > 0)
-        assert f"total + {label:.2f} for the label = {expected['total'] + label:.2f}" in printed
-    # there was one checkpoint before each picture, and all pictures were drawn
-    assert saved == [1] * PICTURES[name]
+        assert f"total + {label:.2f} for the label = {found['total'] + label:.2f}" in printed
+    if name == "beta_vae":
+        row = "".join(f"{found[key]:8.2f}" for key in ("recon", "kl", "total"))
+        assert f"       4{row}{found['active']:8}\n" in printed
+    # there were all checkpoints before each picture, and all pictures were drawn
+    assert saved == [1 + (name == "beta_vae")] * PICTURES[name]
 
 
 @pytest.fixture(scope="session")
 def study(tmp_path_factory, tiny):
-    """A function that runs evaluate.py on a small study; returns path, results, printed lines."""
+    """A function that runs evaluate.py on a small study: -> path, results, printed lines."""
     out = tmp_path_factory.mktemp("study")
 
     def run(*flags):
@@ -962,22 +959,29 @@ def study(tmp_path_factory, tiny):
 
 
 def test_evaluate_trains_what_is_missing_and_its_tables_add_up(study, tiny):
-    path, results, printed = study()
-    names = [row["model"] for row in results["rows"]]
-    assert names == ["MLP VAE", "beta-VAE 0.5", "beta-VAE 1", "CVAE"] and results["stale"] == []
-    yardsticks = results["yardsticks"]
-    for row in results["rows"]:
-        found = {name: value["mean"] for name, value in row.items() if isinstance(value, dict)}
-        assert found["recon"] + found["kl"] == pytest.approx(found["total"], abs=1e-9)
-        assert found["recon"] - results["floor"] == pytest.approx(found["excess"], abs=1e-9)
-        assert found["fid_prior"] > yardsticks["fid of halves of the images"]
-        assert f"{found['total']:.2f}" in printed
-    assert all(line in printed for line in evaluate.report(results))
-    assert path.with_suffix(".png").exists() and yardsticks["fid of uniform noise"] > 1
-    _, recognised = crude_look(None, tiny.test_images)
-    assert yardsticks["control of real images"] == (recognised == tiny.test_labels).double().mean()
-    validation = study("--split", "val")[1]
-    assert validation["floor"] == data.pixel_entropy(tiny.val_images).mean().item()
+    for split, flags in (("test", []), ("val", ["--seeds", "0", "1", "0", "--split", "val"])):
+        path, results, printed = study(*flags)
+        names = [row["model"] for row in results["rows"]]
+        assert names == ["MLP VAE", "beta-VAE 0.5", "beta-VAE 1", "CVAE"]
+        for row in results["rows"]:
+            found = {name: value for name, value in row.items() if isinstance(value, dict)}
+            mean = {name: value["mean"] for name, value in found.items()}
+            assert mean["recon"] + mean["kl"] == pytest.approx(mean["total"], abs=1e-9)
+            assert mean["recon"] - results["floor"] == pytest.approx(mean["excess"], abs=1e-9)
+            assert f"{mean['total']:.2f}" in printed
+            assert split == "test" or found["total"]["n"] == 2 and found["total"]["std"] > 0
+        assert len({str(row["total"]) for row in results["rows"]}) == 4
+        assert all(line in printed for line in evaluate.report(results))
+        assert path.with_suffix(".png").exists() and results["stale"] == []
+        images, labels = getattr(tiny, f"{split}_images"), getattr(tiny, f"{split}_labels")
+        torch.manual_seed(0)
+        noise, _ = crude_look(None, torch.rand_like(images))
+        features, recognised = crude_look(None, images)
+        assert list(results["yardsticks"].values()) == pytest.approx([
+            data.pixel_entropy(images).mean().item(),
+            evaluate.frechet_distance(features[::2], features[1::2]),
+            evaluate.frechet_distance(features, noise),
+            evaluate.controllability(recognised, labels)])
 
 
 def test_evaluate_trains_only_what_is_missing_and_names_what_does_not_belong(study, tiny):
@@ -992,8 +996,9 @@ def test_evaluate_trains_only_what_is_missing_and_names_what_does_not_belong(stu
         train_images=tiny.train_images[nines], train_labels=tiny.train_labels[nines]))
     _, again, printed = study()
     assert re.findall("^training (.*?) on", printed, re.MULTILINE) == [str(missing)]
-    assert again["stale"] == [f"- {edited} was made with other code: delete it, run again",
-                              f"- {boots} was made with other training images: delete it, run again"]
+    assert again["stale"] == [
+        f"- {edited} was made with other code: delete it, run again",
+        f"- {boots} was made with other training images: delete it, run again"]
     assert all(printed.count(line) == 2 for line in again["stale"])         # at once, and below
 
 
@@ -1013,7 +1018,6 @@ def test_readme_and_report_show_the_recorded_tables():
 
 @needs_readme
 def test_the_snippets_of_the_readme_work(study, tmp_path, monkeypatch, sample):
-    """In a folder with what README.md says: trained models, a picture, an array of images."""
     results, *_ = study()
     monkeypatch.setattr(data, "load", lambda source="auto": sample)
     readme = (HERE / "README.md").read_text(encoding="utf-8")
@@ -1033,7 +1037,6 @@ def test_the_snippets_of_the_readme_work(study, tmp_path, monkeypatch, sample):
         if "log_p" in names:                            # the total is an upper bound, and near
             assert 0 < names["total"] + names["log_p"] < 20
     assert {"bags.png", "walk.png", "mine-decoded.png"} <= set(os.listdir())
-    assert Path("runs/vae-trousers-bags-seed0-epochs3.pt").exists()
 
 
 # ================================================================ 8. mistakes
@@ -1063,14 +1066,13 @@ def test_run_hides_no_error_that_it_does_not_know():
 
 
 def test_a_checkpoint_comes_back_as_it_was_saved_and_runs_no_code(tmp_path, tiny):
-    args = vae.FLAGS.parse_args(["--latent-dim", "3", "--seed", "5", "--out", str(tmp_path)])
+    args = vae.FLAGS.parse_args(f"--latent-dim 3 --lr 0.01 --seed 5 --out {tmp_path}".split())
     model, path = vae.VAE(3), data.run_path(args, "own")
-    assert path.name == "vae-own-seed5-latent-dim3.pt"  # what is not the default stands in the name
+    assert path.name == "vae-own-seed5-lr0.01-latent-dim3.pt"   # all that is not the default
     data.save_checkpoint(path, args, tiny, {"total": 1.5}, model.state_dict(), beta=0.5)
     found, meta = vae.load_model(path)
     assert all(torch.equal(p, q) for p, q in zip(found.parameters(), model.parameters()))
-    assert (meta["script"], meta["source"], meta["seed"], meta["beta"]) == ("vae", "sample", 5, 0.5)
-    assert meta["config"] == {"epochs": 24, "batch_size": 256, "lr": 2.5e-3, "latent_dim": 3}
+    assert (meta["source"], meta["seed"], meta["beta"]) == ("sample", 5, 0.5)
     mirrored = tiny._replace(train_images=tiny.train_images.flip(3))
     mixed = tiny._replace(train_labels=tiny.train_labels.flip(0))
     assert len({meta["training images"], *map(data.checksum, (tiny, mirrored, mixed))}) == 3
@@ -1082,8 +1084,7 @@ def test_a_checkpoint_comes_back_as_it_was_saved_and_runs_no_code(tmp_path, tiny
 
 
 def test_a_file_that_cannot_be_renamed_is_kept_and_named(tmp_path):
-    """As when a virus scanner holds the new file for a moment. Here it has the name of a folder."""
-    (tmp_path / "g").mkdir()
+    (tmp_path / "g").mkdir()                            # by which no file can be replaced
     with pytest.raises(OSError) as error:
         data.write_file(tmp_path / "g", b"new")
     kept, = tmp_path.glob("g.*")
@@ -1160,7 +1161,7 @@ def blanked(source, names):
     """A script without the bodies of some functions (docstrings stay) and values of variables."""
     lines = source.splitlines(keepends=True)
     for node in sorted(ast.walk(ast.parse(source)), key=lambda node: -getattr(node, "lineno", 0)):
-        start, name = None, None
+        name = None
         if isinstance(node, ast.FunctionDef):
             name, start, indent = node.name, node.body[0].end_lineno, node.col_offset + 4
         elif isinstance(node, ast.Assign):
@@ -1186,7 +1187,6 @@ def test_the_tests_of_a_blank_fail_until_it_is_filled(name, blank, request, monk
 
 
 def write_blanks(folder):
-    """Copies of everything but git and results to a new folder, with blanks in the scripts."""
     shutil.copytree(HERE, folder, ignore=shutil.ignore_patterns(".*", "runs", "results", "*.md"))
     for name in {script for script, _ in BLANKS}:
         text = (HERE / f"{name}.py").read_text(encoding="utf-8")

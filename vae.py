@@ -5,22 +5,22 @@ First, a few hidden numbers z, its latents, were drawn from the prior p(z) = N(0
 standard normals. Then x was drawn from p(x | z), which a neural network computes, the decoder. A
 second network, the encoder, guesses from an image which z may have made it. Its guess is a
 distribution, too: q(z | x) = N(mu, sigma^2), with one mu and one sigma for each latent. Both are
-trained to make the negative evidence lower bound (ELBO) small, which is never below -log p(x)
-(their eq. 3; the proof is in README.md):
+trained to make one loss small. It is never below -log p(x), so its negative is a lower bound on
+log p(x), the evidence: the ELBO (Kingma & Welling, eq. 3; the proof is in README.md):
 
     loss  =  -ELBO  =  E_q[ -log p(x | z) ]  +  KL( q(z | x) || N(0, I) )
                               recon                      KL
 
-recon tells how badly the decoder redraws the image from a z of the encoder's guess (E_q: the mean
-over such z). The KL is the price of z: it keeps q(z | x) near N(0, I), so that later we can draw z
-from N(0, I) and decode it to a new image. Both are in nats, the unit of the natural logarithm, per
-image: summed over pixels and over latents, averaged over images.
+recon tells how badly the decoder draws the image again, from a z of the encoder's guess (E_q: the
+mean over such z). The KL is the price of z: it keeps q(z | x) near N(0, I), so that later we can
+draw z from N(0, I) and decode it to a new image. Both are in nats, the unit of the natural
+logarithm, per image: summed over pixels and over latents, averaged over images.
 
     python vae.py                       # two minutes on two CPU cores
     python vae.py --latent-dim 2        # also draws its latent space, which then fits on paper
 
-You should see (full data, seed 0) a test total of about 236 nats, and blurred reconstructions: many
-images fit the same z. For grey pixels, recon is never below 189.86 (see data.py).
+You should see (full data, seed 0) a test total of about 236 nats, and blurred reconstructions, as
+one z stands for many images. On these grey test images, recon is at least 189.86 (see data.py).
 Try: in elbo_terms, turn the `.sum(1)` of recon into `.mean(1)`, a common mistake, and add --out try
 (a folder of its own). The KL then weighs 784 times too much. How do the samples look?
 """
@@ -42,7 +42,7 @@ class VAE(torch.nn.Module):
         self.encoder = torch.nn.Sequential(
             torch.nn.Flatten(),                                             # (B, 784)
             torch.nn.Linear(784, hidden),
-            torch.nn.LayerNorm(hidden), torch.nn.GELU(),                    # (B, 512)
+            torch.nn.LayerNorm(hidden), torch.nn.GELU(),    # (B, 512), mean 0 and std 1 before GELU
             torch.nn.Linear(hidden, hidden), torch.nn.GELU(),
             torch.nn.Linear(hidden, 2 * latent_dim),    # mu and log sigma^2 of each latent
         )
@@ -70,7 +70,7 @@ class VAE(torch.nn.Module):
         """p(x | z): z (B, latent_dim) -> logits (B, 1, 28, 28)."""
         gelu = torch.nn.functional.gelu
         h = self.dense1(z)                              # (B, 512)
-        h = h + self.dense2(gelu(h))                    # residual: the layer learns only a change
+        h = h + self.dense2(gelu(h))                    # residual: h and a learned change
         h = h + self.dense3(gelu(h))
         return self.to_pixels(gelu(h))
 
@@ -85,7 +85,7 @@ class VAE(torch.nn.Module):
 # ---------------------------------------------------------------- the loss
 
 def kl_of_latents(mu, logvar):
-    """KL( N(mu, sigma^2) || N(0, 1) ) of each latent, in nats: (B, latent_dim), as are mu, logvar.
+    """KL( N(mu, sigma^2) || N(0, 1) ) of each latent: mu, logvar (B, latent_dim) -> the same shape.
     It needs no draws of z (Kingma & Welling, appendix B):
 
         KL  =  1/2 [ mu^2 + sigma^2 - log sigma^2 - 1 ]"""
@@ -98,8 +98,8 @@ def elbo_terms(logits, x, mu, logvar):
 
         recon  =  -log p(x | z)  =  -sum_i [ x_i log p_i + (1 - x_i) log(1 - p_i) ]
 
-    p_i = sigmoid(logit_i) is the probability that pixel i is white. A grey pixel x_i counts as the
-    share x_i of a white one and the share 1 - x_i of a black one."""
+    p_i = sigmoid(logit_i) is the probability that pixel i is white. Of grey pixels, this is the
+    mean cost of black and white images in which pixel i is white with probability x_i."""
     recon = torch.nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="none")
     recon = recon.flatten(1).sum(1)                     # (B,)
     kl = kl_of_latents(mu, logvar).sum(1)               # (B,)
@@ -109,11 +109,11 @@ def elbo_terms(logits, x, mu, logvar):
 # ---------------------------------------------------------------- training and testing
 
 def check_images(images):
-    """ValueError unless the pixels lie in [0, 1]: all others would be wrong without a word."""
+    """ValueError unless the pixels lie in [0, 1], and one is above 0.1: none is if all were divided
+    by 255 twice. Other images would be trained on, with numbers that mean nothing."""
     low, high = images.min().item(), images.max().item()
-    if not (low >= 0 and 0.1 < high <= 1):              # of nan, all comparisons are False
-        raise ValueError(f"pixels range from {low:.4g} to {high:.4g}, but should from 0 to 1:"
-                         " were they scaled twice, or not at all?")
+    if not (low >= 0 and 0.1 < high <= 1):              # with nan, every comparison is False
+        raise ValueError(f"pixels range from {low:.4g} to {high:.4g}: scale them to [0, 1], once")
 
 
 def train(model, train_images, val_images, epochs, batch_size, lr):
@@ -129,7 +129,7 @@ def train(model, train_images, val_images, epochs, batch_size, lr):
     optimizer = torch.optim.Adam(model.parameters(), lr, betas=(0.9, 0.99), fused=True)
     steps = epochs * math.ceil(len(train_images) / batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps,
-                                                   cycle_momentum=False)    # do not move beta1
+                                                   cycle_momentum=False)    # Adam has its own
     history, start = [], time.perf_counter()
     for epoch in range(1, epochs + 1):
         model.train()
@@ -166,16 +166,16 @@ def test(model, images, batch_size=1000):
     check_images(images)
     model.eval()
     device = next(model.parameters()).device
-    recon_sum, kl_sum, latents_sum = 0.0, 0.0, 0.0
+    recon_sum, kl_sum, each_kl_sum = 0.0, 0.0, 0.0
     for x in images.split(batch_size):
         x = x.to(device)                                # (B, 1, 28, 28)
         logits, mu, logvar = model(x)
         recon, kl = elbo_terms(logits, x, mu, logvar)
         recon_sum += recon.sum().item()
         kl_sum += kl.sum().item()
-        latents_sum += kl_of_latents(mu, logvar).sum(0)                     # (latent_dim,)
+        each_kl_sum += kl_of_latents(mu, logvar).sum(0)                     # (latent_dim,)
     mean_recon, mean_kl = recon_sum / len(images), kl_sum / len(images)
-    active = (latents_sum / len(images) > 0.1).sum().item()
+    active = (each_kl_sum / len(images) > 0.1).sum().item()
     return {"recon": mean_recon, "kl": mean_kl, "total": mean_recon + mean_kl, "active": active}
 
 
@@ -218,7 +218,6 @@ def draw_map(model, dataset, path):
         left.plot(mu[i, 0] + 2 * sigma[i, 0] * angle.cos(),
                   mu[i, 1] + 2 * sigma[i, 1] * angle.sin(), color="black")
     figure.legend(loc="outside lower center", ncols=10, markerscale=4)
-
     right.set(title="What the decoder draws there", xlabel="z0", ylabel="z1")
     middles = torch.linspace(-3.75, 3.75, 16)           # of 16 cells from -4 to 4
     rows = []
@@ -226,7 +225,8 @@ def draw_map(model, dataset, path):
         z = torch.stack([middles, z1.expand(16)], dim=1)                    # (16, 2)
         images = model.decode(z.to(device))[:, 0].sigmoid().cpu()           # (16, 28, 28)
         rows.append(torch.cat(list(images), dim=1))     # (28, 448): 16 images side by side
-    right.imshow(torch.cat(rows).numpy(), cmap="gray", origin="upper", extent=(-4, 4, -4, 4))
+    right.imshow(torch.cat(rows).numpy(), cmap="gray", vmin=0, vmax=1, origin="upper",
+                 extent=(-4, 4, -4, 4))
     figure.savefig(path, bbox_inches="tight")
 
 
