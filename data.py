@@ -260,8 +260,8 @@ def draw_grid(axes, images, title="", rows=(), columns=()):
     images = images.detach().cpu().reshape(n_rows, n_columns, 28, 28)
     framed = torch.nn.functional.pad(images, (1, 1, 1, 1), value=1.0)       # (R, C, 30, 30)
     lines = framed.transpose(1, 2)                      # (R, 30, C, 30): row, line, column, pixel
-    canvas = lines.reshape(30 * n_rows, 30 * n_columns)
-    axes.imshow(canvas.numpy(), cmap="gray", vmin=0, vmax=1, origin="upper")
+    canvas = lines.reshape(30 * n_rows, 30 * n_columns).numpy()
+    axes.imshow(canvas, cmap="gray", vmin=0, vmax=1, origin="upper", interpolation="nearest")
     axes.set_title(title)
     axes.set_yticks([30 * i + 15 for i in range(len(rows))], rows)
     axes.set_xticks([30 * i + 15 for i in range(len(columns))], columns, fontsize=7)
