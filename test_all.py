@@ -1035,7 +1035,7 @@ def test_the_snippets_of_the_readme_work(study, tmp_path, monkeypatch, sample):
         if "import" in block:
             exec(block, names)
         if "log_p" in names:                            # the total is an upper bound, and near
-            assert 0 < names["total"] + names["log_p"] < 20
+            assert 0 < names["found"]["total"] + names["log_p"] < 20
     assert {"bags.png", "walk.png", "mine-decoded.png"} <= set(os.listdir())
 
 
