@@ -298,7 +298,7 @@ def main(argv=None, dataset=None):
     dataset = dataset or data.load(args.data)
 
     paths, sweep = [], {}
-    for beta in dict.fromkeys(args.betas):              # each beta once, in the order given
+    for beta in sorted(set(args.betas)):
         path = data.run_path(args, dataset.source, f"-beta{beta}")
         torch.manual_seed(args.seed)                    # the same start for every beta
         model = BetaVAE(args.latent_dim).to(device)

@@ -58,7 +58,7 @@ class UserError(ValueError):
 
 def pixel_entropy(images):
     """BCE(x, x), the least that any prediction can cost: (B, ...) -> (B,) nats per image."""
-    x = images.flatten(1)
+    x = images.flatten(1).float()
     return (torch.special.entr(x) + torch.special.entr(1 - x)).sum(1)   # entr: -x log x, 0 for 0
 
 
@@ -80,8 +80,7 @@ def load(source="auto"):
         if source == "full":
             raise UserError(f"{error}: get a network, or set FASHION_MNIST_DIR to a folder with it")
         print("\n!!! NO DATA SET, NO NETWORK: using the embedded SAMPLE (8,000 images) !!!\n")
-        used = "sample"
-        arrays = read(used)
+        arrays, used = read("sample"), "sample"
     tensors = {"source": used}
     for split, (images, labels) in arrays.items():
         # / 255 and nothing else: the loss needs pixels in [0, 1]
@@ -299,16 +298,17 @@ def main(argv=None):
         print(f"{split}: {y.bincount().min():,} to {y.bincount().max():,} images a class; pixels:"
               f" mean {x.mean():.4f}, std {x.std():.4f}, {(x == 0).float().mean():.1%} exactly 0")
     x, y = dataset.train_images, dataset.train_labels
-    ten_of_each = torch.stack([x[y == c][:10, 0] for c in range(10)])       # (10, 10, 28, 28)
-    image_grid(ten_of_each, args.out / "data-samples.png", "Ten of each class", CLASSES)
+    ten_of_each = torch.stack([x[y == c][:10] for c in range(10)])          # (10, 10, 1, 28, 28)
+    stem = f"{args.out}/data-{dataset.source}"
+    image_grid(ten_of_each, f"{stem}-samples.png", "Ten of each class", CLASSES)
     figure = Figure((10, 3.4), dpi=120, layout="constrained")
     left = figure.add_subplot(1, 2, 1, title="Training images of each class")
     left.bar(range(10), y.bincount(minlength=10).numpy())
     left.set_xticks(range(10), CLASSES, rotation=30, ha="right")
     right = figure.add_subplot(1, 2, 2, xlabel="pixel value", title="Pixels of each grey value")
     right.hist(x.flatten().numpy(), bins=64, log=True)
-    figure.savefig(args.out / "data-distributions.png", bbox_inches="tight")
-    print(f"-> {args.out}/data-samples.png and data-distributions.png")
+    figure.savefig(f"{stem}-distributions.png", bbox_inches="tight")
+    print(f"-> {stem}-samples.png and {stem}-distributions.png")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ choice of settings has seen. A classifier (classifier.py) judges the images:
 
 Where does a bad image come from? We decode z of three sources, and measure the fid of each:
 
-    fid_decoded   z of the test images themselves: what is lost by encoding and decoding
+    fid_decoded   z of the real images themselves: what is lost by encoding and decoding
     fid_prior     z from N(0, I), which also draws where no image has its z (holes)
     fid_ex_post   z from a mixture of Gaussians, fitted to the z of images: fewer holes
 
@@ -70,7 +70,7 @@ def frechet_distance(features_a, features_b):
         FID  =  |m_a - m_b|^2  +  tr( S_a + S_b - 2 (S_a S_b)^1/2 )
 
     m: mean, S: covariance, tr: sum of the diagonal. Of one feature with standard deviation s, this
-    is (m_a - m_b)^2 + (s_a - s_b)^2. ValueError unless N, M > D: fewer cannot determine S."""
+    is (m_a - m_b)^2 + (s_a - s_b)^2. It grows if N or M shrinks: compare equal numbers only."""
     if min(len(features_a), len(features_b)) <= features_a.shape[1]:
         raise ValueError(f"give more images than there are features, {features_a.shape[1]}")
     a, b = features_a.double(), features_b.double()
@@ -93,7 +93,8 @@ def controllability(recognised, asked):
 
 def diversity(features, labels, real_features, real_labels):
     """The mean distance between the features (N, D) of two drawn images of a class, over that of
-    two real ones; mean of the classes with two real ones. 1: as varied as these, 0: all alike."""
+    two real ones; mean of the classes with two real ones. 1: as varied as these, 0: all alike, or
+    fewer than two drawn."""
     ratios = []
     for c in real_labels.unique():
         drawn, real = features[labels == c], real_features[real_labels == c]
@@ -103,7 +104,7 @@ def diversity(features, labels, real_features, real_labels):
     return mean(ratios)
 
 
-def importance_weighted_bound(model, images, labels, draws):
+def importance_weighted_bound(model, images, labels, draws, elbo_terms=vae.elbo_terms):
     """An upper bound on -log p(x) (of a CVAE: -log p(x | y)), in nats, averaged over images, from
     the importance weights w of some draws of z (Burda et al. 2016, arXiv:1509.00519, eq. 8):
 
@@ -115,7 +116,7 @@ def importance_weighted_bound(model, images, labels, draws):
     log_w = []
     for _ in range(draws):
         z = model.reparameterize(mu, logvar)                                # (N, latent_dim)
-        recon, _ = vae.elbo_terms(decode(model, z, labels), images, mu, logvar)
+        recon, _ = elbo_terms(decode(model, z, labels), images, mu, logvar)
         # the logs of two normal densities, both without their - D/2 log 2 pi, which cancels
         log_prior = -0.5 * z.pow(2).sum(1)                                  # (N,)
         log_q = -0.5 * ((z - mu).pow(2) / logvar.exp() + logvar).sum(1)     # (N,)
@@ -199,8 +200,7 @@ def measure(script, model, meta, dataset, real):
     row["fid_prior"] = frechet_distance(features, real.features)
     if is_conditional(model):
         row["control_prior"] = controllability(recognised, real.labels)
-        right = recognised == real.labels               # wrong classes would count as variety
-        real_right = real.recognised == real.labels
+        right, real_right = recognised == real.labels, real.recognised == real.labels
         row["diversity_prior"] = diversity(features[right], real.labels[right],
                                            real.features[real_right], real.labels[real_right])
     if script is beta_vae:                              # the question of section 4 is another one
@@ -215,7 +215,7 @@ def measure(script, model, meta, dataset, real):
     row["fid_decoded"] = frechet_distance(features, real.features)
     row["control_decoded"] = controllability(recognised, real.labels)
     torch.manual_seed(4)
-    row["iw_10"] = importance_weighted_bound(model, real.images, real.labels, draws=10)
+    row["iw_10"] = importance_weighted_bound(model, real.images, real.labels, 10, script.elbo_terms)
     return row
 
 
@@ -277,10 +277,10 @@ def report(results):
 
 
 def draw_models(models, real, path):
-    """Test images, their reconstructions and samples. models: {name: (model, row of the table)}."""
+    """Real images, their reconstructions and samples. models: {name: (model, row of the table)}."""
     indices, classes = data.one_of_each_class(real.labels)
     images, labels = real.images[indices], real.labels[indices]
-    pictures, titles = [images], ["test images"]
+    pictures, titles = [images], ["real images"]
     for name, (model, row) in models.items():
         z = draw_z(model, images, labels)
         for draws in (z, torch.randn(z.shape)):

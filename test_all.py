@@ -589,7 +589,7 @@ def test_models_side_by_side(crude, grids):
     pictures, rows, columns = grids["models.png"]
     assert torch.allclose(pictures[1, :, 0, 0, :4], mu, atol=1e-3)
     assert len(pictures[2, :, 0, 0, 0].unique()) == 10 and columns == data.CLASSES
-    assert rows == ("test images", "A, recon 200.0 nats", "samples, FID 1.00")
+    assert rows == ("real images", "A, recon 200.0 nats", "samples, FID 1.00")
 
 
 # ================================================================ 4. the metrics

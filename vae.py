@@ -200,8 +200,8 @@ def draw_pictures(model, dataset, history, stem):
 
 @torch.no_grad()
 def draw_map(model, dataset, path):
-    """The map of two latents (after Kingma & Welling, figure 4): the mu of all test images, with
-    two sigma of one of each class and of the prior (dashed); and what the decoder draws there."""
+    """The map of two latents from -4 to 4 (after Kingma & Welling, figure 4): mu of test images,
+    two sigma of one of each class and of the prior (dashed), and what the decoder draws there."""
     device = next(model.parameters()).device
     mu, logvar = model.encode(dataset.test_images.to(device))               # (N, 2) each
     mu, sigma = mu.cpu(), torch.exp(0.5 * logvar).cpu()
