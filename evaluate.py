@@ -179,7 +179,7 @@ def sample_ex_post_prior(model, labels, dataset):
         return sample_gmm(fit_gmm(real_z, K=50), len(labels))
     z = torch.empty(len(labels), model.latent_dim)
     for c in labels.unique():
-        gaussian = fit_gmm(real_z[dataset.train_labels == c], K=1, iterations=1)    # exact
+        gaussian = fit_gmm(real_z[dataset.train_labels == c], K=1, iterations=1)    # exact at once
         z[labels == c] = sample_gmm(gaussian, int((labels == c).sum()))
     return z
 
