@@ -93,8 +93,8 @@ def load(source="auto"):
 
 
 def read(source):
-    """{"train": (images, labels), "val": …, "test": …}, all uint8. What is missing of the full data
-    set is downloaded; ConnectionError if that cannot be."""
+    """{"train": (images, labels), "val": ..., "test": ...}, all uint8. What the full data set lacks
+    is downloaded; ConnectionError if that cannot be."""
     if source == "sample":
         with np.load(ASSETS / "fashion-mnist-sample.npz") as file:
             return {split: (file[f"{split}_images"], file[f"{split}_labels"])
