@@ -218,7 +218,7 @@ def print_test(metrics, dataset):
 
 
 def checksum(dataset):
-    """The SHA-256 of all training images and labels, which is another for any other ones."""
+    """The SHA-256 of all training images and labels: if one of them changes, it does, too."""
     digest = hashlib.sha256(dataset.train_images.cpu().contiguous().numpy())
     digest.update(dataset.train_labels.cpu().contiguous().numpy())
     return digest.hexdigest()
