@@ -2,14 +2,12 @@
 
 Encoder and decoder are both told the label y: the decoder, so that we can ask it for a class; the
 encoder, so that it knows what z need not say. To tell the class in z as well would cost KL and gain
-nothing. So z is left with what y does not say, the style: brightness, width, sleeves. The loss is
-that of section 3 (vae.py and conv_vae.py explain all of it), and everything is given y:
+nothing. So z is left with what y does not say, the style: brightness, width, sleeves. The encoder
+sees y as ten constant planes beside the patches of the image, one of them 1 and the others 0; the
+decoder sees it as ten numbers beside z. The loss is that of section 3 (vae.py and conv_vae.py
+explain all of it), and everything is given y (Kingma et al. 2014, arXiv:1406.5298, model M2):
 
     loss  =  E_q[ -log p(x | z, y) ]  +  beta * KL( q(z | x, y) || N(0, I) )
-
-(Kingma et al. 2014, arXiv:1406.5298, model M2.) The encoder sees y as ten constant planes beside
-the patches of the image, one of them 1 and the others 0; the decoder sees it as ten numbers beside
-z. The same z with another y is the same style in another class.
 
 The total is an upper bound on -log p(x | y), not on -log p(x). To compare it with that of a VAE,
 add what the label costs, the mean of -log p(y); of ten equally frequent classes, log 10 = 2.30:
@@ -18,15 +16,15 @@ add what the label costs, the mean of -log p(y); of ten equally frequent classes
 
     python cvae.py                      # five minutes on two CPU cores
 
-You should see (full data, seed 0) a test total of about 232 nats, 234.3 with the label; in each row
-of the samples, one style in all classes. `diff conv_vae.py cvae.py` shows where y comes in.
-Try (with --out try): leave y out of the decoder, by `0 * label` in decode(). Then who has to tell
-which class it is?
+You should see (full data, seed 0) a test total of about 232 nats, 234.3 with the label; in a film,
+*-walk.gif, one style that walks through all classes. `diff conv_vae.py cvae.py` shows where y is.
+Try (with --out try): leave y out of the decoder, `0 * label` in decode(). Who then tells the class?
 """
 import math
 import time
 
 import torch
+from matplotlib.animation import PillowWriter
 
 import data
 
@@ -209,8 +207,7 @@ def test(model, images, labels, batch_size=1000):
 
 @torch.no_grad()
 def draw_pictures(model, dataset, history, stem):
-    """One test image of each class and its reconstruction, samples from the prior, the styles of
-    real images in all classes, the curves."""
+    """Reconstructions, samples from the prior, styles of real images in all classes, the curves."""
     device = next(model.parameters()).device
     indices, names = data.one_of_each_class(dataset.test_labels)
     x = dataset.test_images[indices].to(device)         # (10, 1, 28, 28)
@@ -232,6 +229,21 @@ def in_all_classes(model, z):
     """z (N, latent_dim), decoded as each class: (N, 10, 1, 28, 28), in [0, 1]."""
     classes = torch.arange(10, device=z.device)
     return torch.stack([model.decode(style.expand(10, -1), classes).sigmoid() for style in z])
+
+
+@torch.no_grad()
+def draw_walk(model, path, frames=48):
+    """A film of one style that walks through all classes: z(t) = a cos t + b sin t, a, b ~ N(0, I).
+    As cos^2 + sin^2 = 1, each z(t) is again a draw from N(0, I); and the walk comes back."""
+    a, b = torch.randn(2, 1, model.latent_dim, device=next(model.parameters()).device)
+    figure, writer = data.Figure((6.4, 0.88)), PillowWriter(fps=12)
+    axes = figure.add_axes((0, 0.2, 1, 0.8))
+    with writer.saving(figure, path, dpi=100):
+        for t in torch.arange(frames) * (2 * math.pi / frames):
+            axes.clear()
+            images = in_all_classes(model, a * t.cos() + b * t.sin())       # (1, 10, 1, 28, 28)
+            data.draw_grid(axes, images, columns=data.CLASSES)
+            writer.grab_frame()
 
 
 # ---------------------------------------------------------------- the section
@@ -274,7 +286,8 @@ def main(argv=None, dataset=None):
     print(f"total + {label_cost:.2f} for the label = {metrics['total'] + label_cost:.2f}")
     stem = path.with_suffix("")
     draw_pictures(model, dataset, history, stem)
-    print(f"-> {path} and the pictures {stem}-*.png")
+    draw_walk(model, f"{stem}-walk.gif")
+    print(f"-> {path} and the pictures {stem}-*")
     return path
 
 

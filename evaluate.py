@@ -3,20 +3,21 @@
 Trains what is missing, and measures all models on the same test images, which no training and no
 choice of settings has seen. A classifier (classifier.py) judges the images:
 
-    fid        how far drawn images are from real ones, as sets; see frechet_distance
-    control    the share of images in which the classifier recognises the class asked for
-    diversity  how varied the images of a class are; 1 is as varied as real ones
+    fid           how far drawn images are from real ones, as sets; see frechet_distance
+    rarest_class  the share of the class that it recognises least often; 10 % would be right
+    control       the share of images in which it recognises the class asked for
+    diversity     how varied the images of a class are; 1 is as varied as real ones
 
 Where does a bad image come from? We decode z of three sources, and measure the fid of each:
 
     fid_decoded   z of the real images themselves: what is lost by encoding and decoding
-    fid_prior     z from N(0, I), which also draws where no image has its z (holes)
-    fid_ex_post   z from a mixture of Gaussians, fitted to the z of images: fewer holes
+    fid_prior     z from N(0, I), which may fall into holes, or into some classes too rarely
+    fid_ex_post   z from a mixture of Gaussians, fitted to the z of images: less of both
 
     python evaluate.py      # 20 to 30 minutes on two CPU cores; a second call only measures again
 
 You should see (full data, seed 0) that fid_prior > fid_ex_post > fid_decoded for both VAEs.
-Try: --data sample --epochs 3 --out try. What limits the Conv VAE, reconstructions or the prior?
+Try: what is the fid of 300 real images and 300 others, and of 1,000 and 1,000? (See README.md.)
 """
 import json
 import math
@@ -93,14 +94,12 @@ def controllability(recognised, asked):
 
 def diversity(features, labels, real_features, real_labels):
     """The mean distance between the features (N, D) of two drawn images of a class, over that of
-    two real ones; mean of the classes with two real ones. 1: as varied as these, 0: all alike, or
-    fewer than two drawn."""
+    two real ones; mean of all classes. 1: as varied, 0: all alike, or fewer than two drawn."""
     ratios = []
     for c in real_labels.unique():
         drawn, real = features[labels == c], real_features[real_labels == c]
-        if len(real) > 1:
-            distance = torch.pdist(drawn).mean().item() if len(drawn) > 1 else 0.0
-            ratios.append(distance / torch.pdist(real).mean().item())
+        distance = torch.pdist(drawn).mean().item() if len(drawn) > 1 else 0.0
+        ratios.append(distance / torch.pdist(real).mean().item())
     return mean(ratios)
 
 
@@ -198,6 +197,7 @@ def measure(script, model, meta, dataset, real):
     z = torch.randn(len(real.labels), model.latent_dim)
     features, recognised = classifier.look(real.resnet, decode(model, z, real.labels).sigmoid())
     row["fid_prior"] = frechet_distance(features, real.features)
+    row["rarest_class"] = recognised.bincount(minlength=10).min().item() / len(recognised)
     if is_conditional(model):
         row["control_prior"] = controllability(recognised, real.labels)
         right, real_right = recognised == real.labels, real.recognised == real.labels
@@ -222,7 +222,7 @@ def measure(script, model, meta, dataset, real):
 # ---------------------------------------------------------------- the tables
 
 TABLES = [["active", "recon", "excess", "kl", "total", "iw_10"],
-          ["fid_prior", "fid_ex_post", "fid_decoded"],
+          ["fid_prior", "rarest_class", "fid_ex_post", "fid_decoded"],
           ["control_prior", "control_decoded", "diversity_prior"]]
 SWEEP = ["active", "recon", "kl", "total", "fid_prior"]         # of section 4
 
@@ -237,23 +237,24 @@ def average(rows):
     return averaged
 
 
-def cell(row, key):
+def cell(key, found):
     """The text of a measurement: its mean±std, only its mean, or - if it does not apply."""
-    if key not in row:
+    if found is None:
         return "-"
-    numbers = [row[key]["mean"]] if row[key]["std"] is None else [row[key]["mean"], row[key]["std"]]
-    return "±".join(f"{x:.1%}" if key.startswith("control") else f"{x:.2f}" for x in numbers)
+    numbers = [found["mean"]] if found["std"] is None else [found["mean"], found["std"]]
+    share = key.startswith(("control", "rarest"))
+    return "±".join(f"{x:.1%}" if share else f"{x:.2f}" for x in numbers)
 
 
 def noise(rows, columns):
-    """A row that tells by how much two single trainings may differ by chance: two standard
-    deviations of their difference, 2 root(2 s^2). Means of n differ less, by a factor root(n)."""
+    """A row that tells by how much two means of n seeds may differ by chance: two standard errors
+    of their difference, 2 root(2 s^2 / n). s^2 is the variance over seeds, averaged over rows."""
     row = {"model": "noise"}
     for key in columns:
-        stds = [other[key]["std"] for other in rows if key in other]
-        if stds and None not in stds:                   # it is unknown from one seed
-            s2 = mean(std ** 2 for std in stds)         # the variance over seeds, a mean of rows
-            row[key] = {"mean": 2 * math.sqrt(2 * s2), "std": None}
+        found = [other[key] for other in rows if key in other]
+        if found and found[0]["n"] > 1:                 # it is unknown from one seed
+            s2 = mean(x["std"] ** 2 for x in found)
+            row[key] = {"mean": 2 * math.sqrt(2 * s2 / found[0]["n"]), "std": None}
     return row
 
 
@@ -261,7 +262,7 @@ def table(rows, columns):
     """The lines of a Markdown table; the last one tells how large the noise is."""
     lines = [["model", *columns], ["-" * 13] * (len(columns) + 1)]
     for row in [*rows, noise(rows, columns)]:
-        lines.append([row["model"], *(cell(row, key) for key in columns)])
+        lines.append([row["model"], *(cell(key, row.get(key)) for key in columns)])
     return ["| " + " | ".join(text.ljust(13) for text in line) + " |" for line in lines]
 
 
@@ -272,7 +273,7 @@ def report(results):
         lines += ["", *table([row for row in results["rows"] if row["beta"] is None], columns)]
     lines += ["", *table([row for row in results["rows"] if row["beta"] is not None], SWEEP), ""]
     for name, x in results["yardsticks"].items():
-        lines.append(f"- {name}: {x:.1%}" if name.startswith("control") else f"- {name}: {x:.2f}")
+        lines.append(f"- {name}: {cell(name, {'mean': x, 'std': None})}")
     return lines + results["stale"]
 
 
@@ -282,9 +283,8 @@ def draw_models(models, real, path):
     images, labels = real.images[indices], real.labels[indices]
     pictures, titles = [images], ["real images"]
     for name, (model, row) in models.items():
-        z = draw_z(model, images, labels)
-        for draws in (z, torch.randn(z.shape)):
-            pictures.append(decode(model, draws, labels).sigmoid())
+        for z in (draw_z(model, images, labels), torch.randn(len(labels), model.latent_dim)):
+            pictures.append(decode(model, z, labels).sigmoid())
         titles += [f"{name}, recon {row['recon']:.1f} nats", f"samples, FID {row['fid_prior']:.2f}"]
     data.image_grid(torch.stack(pictures), path,        # (R, 10, 1, 28, 28)
                     "Of each model: reconstructions, and samples from N(0, I)", titles, classes)

@@ -21,8 +21,8 @@ logarithm, per image: summed over pixels and over latents, averaged over images.
 
 You should see (full data, seed 0) a test total of about 236 nats, and blurred reconstructions, as
 one z stands for many images. On these grey test images, recon is at least 189.86 (see data.py).
-Try: in elbo_terms, turn the `.sum(1)` of recon into `.mean(1)`, a common mistake, and add --out try
-(a folder of its own). The KL then weighs 784 times too much. How do the samples look?
+Try: in elbo_terms, turn the `.sum(1)` of recon into `.mean(1)`, a common mistake; add --out try.
+The KL then weighs 784 times too much; recon is 0.49, its excess -189. How do the samples look?
 """
 import math
 import time
@@ -205,7 +205,7 @@ def draw_map(model, dataset, path):
     device = next(model.parameters()).device
     mu, logvar = model.encode(dataset.test_images.to(device))               # (N, 2) each
     mu, sigma = mu.cpu(), torch.exp(0.5 * logvar).cpu()
-    figure = data.Figure((11, 5.5), dpi=100, layout="constrained")
+    figure = data.Figure((11, 5.5), dpi=85, layout="constrained")
     left, right = figure.subplots(1, 2)
     left.set(title="Where the encoder puts the test images", xlabel="z0", ylabel="z1",
              xlim=(-4, 4), ylim=(-4, 4), aspect="equal")
