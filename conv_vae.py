@@ -10,18 +10,17 @@ instead of 20, and the training is longer, with a lower learning rate. And the K
 
     loss  =  recon  +  beta * KL,        beta  =  min(1, progress / warmup)
 
-where progress is the share of all steps that is done, and warmup = 0.2. In the first steps, the
-decoder cannot use z yet, and z only costs KL. The easiest way to a lower loss is to give up some
-latents: q(z | x) becomes the prior N(0, 1), for every image. The decoder learns to ignore them, and
-they may be lost for good. With warm-up, z can learn to carry something before it has to pay for it.
-Evaluation always uses beta = 1.
+where progress is the share of all steps that is done, and warmup = 0.2. At first every q(z | x) is
+nearly the prior N(0, 1). A latent that leaves it costs KL before the decoder has learned to use it;
+so it may return, the decoder learns to ignore it, and it may be lost for good. With warm-up, z can
+learn to carry something before it has to pay for it. Evaluation always uses beta = 1.
 
     python conv_vae.py                  # five minutes on two CPU cores
 
 You should see (full data, seed 0) a test total of about 234.7 nats, 1.3 below that of section 2. On
-validation images, about half of the gain is due to the convolutions (with twice the weights), most
-of the rest to the longer training; warm-up gains 0.2 nats, perhaps by chance (results/README.md).
-All 32 latents are active in the first epochs, about 10 in the end.
+validation images, roughly half of the gain is due to the convolutions (with twice the weights), and
+most of the rest to the longer training with a lower learning rate; of warm-up, no gain is shown
+(results/README.md). All 32 latents are active in the first epochs, about 10 in the end.
 Try: --warmup 0 --out try. How do the KL and the active latents change from epoch to epoch?
 """
 import math
