@@ -2,7 +2,7 @@
 
 The tests of the maths hold the code against something that is not this code: a closed form,
 torch.distributions, numpy. The order is that of the lesson. They are homework, too:
-`python test_all.py --blank mine` copies everything to a new folder, mine, but for the bodies of the
+`python test_all.py --blank mine` copies the scripts to a new folder, mine, but for the bodies of the
 functions in BLANKS. Write them in your own words, and run the tests there: they judge what the
 functions do, and say what is wrong. Tests of scripts that are not in the folder are skipped.
 """
@@ -1187,8 +1187,8 @@ def test_the_tests_of_a_blank_fail_until_it_is_filled(name, blank, request, monk
 
 
 def write_blanks(folder):
-    shutil.copytree(HERE, folder, ignore=shutil.ignore_patterns(".*", "runs", "results", "*.md"))
-    for name in {script for script, _ in BLANKS}:
+    shutil.copytree(HERE / "assets", folder / "assets")
+    for name in (*SCRIPTS, "test_all"):
         text = (HERE / f"{name}.py").read_text(encoding="utf-8")
         names = [blank for script, blank in BLANKS if script == name]
         (folder / f"{name}.py").write_text(blanked(text, names), encoding="utf-8")
