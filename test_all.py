@@ -2,7 +2,7 @@
 
 The tests of the maths hold the code against something that is not this code: a closed form,
 torch.distributions, numpy. The order is that of the lesson. They are homework, too:
-`python test_all.py --blank mine` copies the scripts to a new folder, mine, but for the bodies of the
+`python test_all.py --blank mine` copies the scripts to a new folder, but for the bodies of the
 functions in BLANKS. Write them in your own words, and run the tests there: they judge what the
 functions do, and say what is wrong. Tests of scripts that are not in the folder are skipped.
 """
