@@ -1,12 +1,12 @@
 """Section 6: every model is measured by the same rules, side by side.
 
-Trains what is missing, and measures all models on the same test images, which no training and no
-choice of settings has seen. A classifier (classifier.py) judges the images:
+Trains what is missing, and measures all models on the same test images, which no training has
+seen. A classifier (classifier.py) judges the images:
 
     fid           how far drawn images are from real ones, as sets; see frechet_distance
     rarest_class  the share of the class that it recognises least often; 10 % would be right
     control       the share of images in which it recognises the class asked for
-    diversity     how varied the images of a class are; 1 is as varied as real ones
+    diversity     how far apart the images of a class are; 1: as far as real ones
 
 Where does a bad image come from? We decode z of three sources, and measure the fid of each:
 
@@ -94,7 +94,7 @@ def controllability(recognised, asked):
 
 def diversity(features, labels, real_features, real_labels):
     """The mean distance between the features (N, D) of two drawn images of a class, over that of
-    two real ones; mean of all classes. 1: as varied, 0: all alike, or fewer than two drawn."""
+    two real ones; mean of all classes. 1: as far apart, 0: all alike, or fewer than two drawn."""
     ratios = []
     for c in real_labels.unique():
         drawn, real = features[labels == c], real_features[real_labels == c]
