@@ -40,7 +40,7 @@ class BetaVAE(torch.nn.Module):
         self.encoder = torch.nn.Sequential(
             torch.nn.Flatten(),                                             # (B, 784)
             torch.nn.Linear(784, hidden),
-            torch.nn.LayerNorm(hidden), torch.nn.GELU(),    # (B, 512), mean 0 and std 1 before GELU
+            torch.nn.LayerNorm(hidden), torch.nn.GELU(),    # (B, 512), mean 0, std 1; then scaled
             torch.nn.Linear(hidden, hidden), torch.nn.GELU(),
             torch.nn.Linear(hidden, 2 * latent_dim),    # mu and log sigma^2 of each latent
         )

@@ -18,7 +18,7 @@ learn to carry something before it has to pay for it. Evaluation always uses bet
     python conv_vae.py                  # five minutes on two CPU cores
 
 You should see (full data, seed 0) a test total of about 234.7 nats, 1.3 below that of section 2. On
-validation images, roughly half of the gain is due to the convolutions (with twice the weights), and
+validation images, roughly half of the gain came with the convolutions and twice the weights, and
 most of the rest to the longer training with a lower learning rate; of warm-up, no gain is shown
 (results/README.md). All 32 latents are active in the first epochs, about 10 in the end.
 Try: --warmup 0 --out try. How do the KL and the active latents change from epoch to epoch?
@@ -44,7 +44,7 @@ class ConvVAE(torch.nn.Module):
             torch.nn.Conv2d(16, channels, 3, padding=1), torch.nn.GELU(),   # (B, 48, 7, 7)
             torch.nn.Flatten(),                                             # (B, 2352)
             torch.nn.Linear(channels * 7 * 7, hidden),
-            torch.nn.LayerNorm(hidden), torch.nn.GELU(),    # (B, 512), mean 0 and std 1 before GELU
+            torch.nn.LayerNorm(hidden), torch.nn.GELU(),    # (B, 512), mean 0, std 1; then scaled
             torch.nn.Linear(hidden, hidden), torch.nn.GELU(),
             torch.nn.Linear(hidden, 2 * latent_dim),    # mu and log sigma^2 of each latent
         )

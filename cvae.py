@@ -1,11 +1,11 @@
-"""Section 5: the conditional VAE (CVAE): ask for a class, and z is left with the style.
+"""Section 5: the conditional VAE (CVAE): ask for a class.
 
 Encoder and decoder are both told the label y: the decoder, so that we can ask it for a class; the
 encoder, so that it knows what z need not say. To tell the class in z as well would cost KL and gain
-nothing. So z is left with what y does not say, the style: brightness, width, sleeves. The encoder
-sees y as ten constant planes beside the patches of the image, one of them 1 and the others 0; the
-decoder sees it as ten numbers beside z. The loss is that of section 3 (vae.py and conv_vae.py
-explain all of it), and everything is given y (Kingma et al. 2014, arXiv:1406.5298, model M2):
+nothing. So z should be left with what y does not say, the style: brightness, width, sleeves. The
+encoder sees y as ten constant planes beside the patches of the image, one of them 1 and the others
+0; the decoder sees it as ten numbers beside z. The loss is that of section 3 (vae.py and
+conv_vae.py explain it), and everything is given y (Kingma et al. 2014, arXiv:1406.5298, model M2):
 
     loss  =  E_q[ -log p(x | z, y) ]  +  beta * KL( q(z | x, y) || N(0, I) )
 
@@ -41,7 +41,7 @@ class CVAE(torch.nn.Module):
             torch.nn.Conv2d(16 + 10, channels, 3, padding=1), torch.nn.GELU(),  # (B, 48, 7, 7)
             torch.nn.Flatten(),                                             # (B, 2352)
             torch.nn.Linear(channels * 7 * 7, hidden),
-            torch.nn.LayerNorm(hidden), torch.nn.GELU(),    # (B, 512), mean 0 and std 1 before GELU
+            torch.nn.LayerNorm(hidden), torch.nn.GELU(),    # (B, 512), mean 0, std 1; then scaled
             torch.nn.Linear(hidden, hidden), torch.nn.GELU(),
             torch.nn.Linear(hidden, 2 * latent_dim),    # mu and log sigma^2 of each latent
         )
