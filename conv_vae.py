@@ -15,12 +15,12 @@ nearly the prior N(0, 1). A latent that leaves it costs KL before the decoder ha
 so it may return, the decoder learns to ignore it, and it may be lost for good. With warm-up, z can
 learn to carry something before it has to pay for it. Evaluation always uses beta = 1.
 
-    python conv_vae.py                  # five minutes on two CPU cores
+    python conv_vae.py                  # five to eight minutes on two CPU cores
 
 You should see (full data, seed 0) a test total of about 234.7 nats, 1.3 below that of section 2. On
-validation images, roughly half of the gain came with the convolutions and twice the weights, and
-most of the rest to the longer training with a lower learning rate; of warm-up, no gain is shown
-(results/README.md). All 32 latents are active in the first epochs, about 10 in the end.
+validation images, roughly half of the gain came with the convolutions and twice the weights, most
+of the rest with 32 latents, longer training and a lower learning rate together; of warm-up, no gain
+is shown (results/README.md). All 32 latents are active in the first epochs, about 10 in the end.
 Try: --warmup 0 --out try. How do the KL and the active latents change from epoch to epoch?
 """
 import math

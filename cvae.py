@@ -14,7 +14,7 @@ add what the label costs, the mean of -log p(y); of ten equally frequent classes
 
     p(x)  >=  p(x, y)  =  p(x | y) p(y),    so    -log p(x)  <=  -log p(x | y)  -  log p(y)
 
-    python cvae.py                      # five minutes on two CPU cores
+    python cvae.py                      # five to eight minutes on two CPU cores
 
 You should see (full data, seed 0) a test total of about 232 nats, 234.3 with the label; in a film,
 *-walk.gif, one style that walks through all classes. `diff conv_vae.py cvae.py` shows where y is.

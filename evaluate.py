@@ -4,7 +4,7 @@ Trains what is missing, and measures all models on the same test images, which n
 seen. A classifier (classifier.py) judges the images:
 
     fid           how far drawn images are from real ones, as sets; see frechet_distance
-    rarest_class  the share of the class that it recognises least often; 10 % would be right
+    rarest_class  the share of the class that it recognises least often; almost 10 % is right
     control       the share of images in which it recognises the class asked for
     diversity     how far apart the images of a class are; 1: as far as real ones
 

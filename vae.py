@@ -12,8 +12,8 @@ log p(x), the evidence: the ELBO (Kingma & Welling, eq. 3; the proof is in READM
                               recon                      KL
 
 recon tells how badly the decoder draws the image again, from a z of the encoder's guess (E_q: the
-mean over such z). The KL is the price of z: it keeps q(z | x) near N(0, I), so that later we can
-draw z from N(0, I) and decode it to a new image. Both are in nats, the unit of the natural
+mean over such z). The KL is the price of z: it keeps all q(z | x) together near the prior, so that
+we can later draw z from it and decode it to a new image. Both are in nats, the unit of the natural
 logarithm, per image: summed over pixels and over latents, averaged over images.
 
     python vae.py                       # two minutes on two CPU cores
