@@ -71,15 +71,15 @@ def frechet_distance(features_a, features_b):
         FID  =  |m_a - m_b|^2  +  tr( S_a + S_b - 2 (S_a S_b)^1/2 )
 
     m: mean, S: covariance, tr: sum of the diagonal. Of one feature with standard deviation s, this
-    is (m_a - m_b)^2 + (s_a - s_b)^2. It grows if N or M shrinks: compare equal numbers only."""
+    is (m_a - m_b)^2 + (s_a - s_b)^2. The trace of a root is the sum of the roots of all eigenvalues
+    of the matrix (those of S_a S_b are real and never negative, but for rounding). The FID grows if
+    N or M shrinks: compare equal numbers only."""
     if min(len(features_a), len(features_b)) <= features_a.shape[1]:
         raise ValueError(f"give more images than there are features, {features_a.shape[1]}")
     a, b = features_a.double(), features_b.double()
     mean_a, mean_b = a.mean(0), b.mean(0)                                   # (D,)
     cov_a = (a - mean_a).T @ (a - mean_a) / (len(a) - 1)                    # (D, D)
     cov_b = (b - mean_b).T @ (b - mean_b) / (len(b) - 1)
-    # A trace is the sum of the eigenvalues, and the eigenvalues of a matrix root are the roots of
-    # those of the matrix. (Those of S_a S_b are real and never negative, but for rounding.)
     eigenvalues = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0)     # (D,)
     spread = cov_a.trace() + cov_b.trace() - 2 * eigenvalues.sqrt().sum()
     return ((mean_a - mean_b).pow(2).sum() + spread).clamp(min=0).item()
