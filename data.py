@@ -8,8 +8,7 @@ the loss of every VAE here is a binary cross-entropy, which needs targets in [0,
 
 (The sum goes over the 784 pixels i, and a nat is the unit of the natural logarithm.) For grey
 pixels even the perfect prediction p = x costs more than 0. This least cost is the pixel entropy,
-BCE(x, x); its mean over the images is the entropy floor. The model scripts print the excess: their
-cross-entropy minus this floor.
+BCE(x, x); its mean over the images is the entropy floor. The excess is recon minus this floor.
 
     python data.py            # takes seconds and writes two figures to runs/
 
@@ -293,11 +292,12 @@ def main(argv=None):
     args = flags(__file__, __doc__).parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     dataset = load(args.data)
-    for split in ("val", "test", "train"):                  # train is the last: it is drawn below
+    for split in ("train", "val", "test"):
         x, y = getattr(dataset, f"{split}_images"), getattr(dataset, f"{split}_labels")
         print(f"{split}: {y.bincount().min():,} to {y.bincount().max():,} images a class; pixels:"
               f" mean {x.mean():.4f}, std {x.std():.4f}, {(x == 0).float().mean():.1%} exactly 0;"
               f" one picture for all costs {pixel_entropy(x.mean(0, keepdim=True)).item():.2f}")
+    x, y = dataset.train_images, dataset.train_labels
     ten_of_each = torch.stack([x[y == c][:10] for c in range(10)])          # (10, 10, 1, 28, 28)
     stem = f"{args.out}/data-{dataset.source}"
     image_grid(ten_of_each, f"{stem}-samples.png", "Ten of each class", CLASSES)
